@@ -49,16 +49,17 @@ class Object:
     heldout: bool   # its name occurs in no caption of clips people train on
 
 
+@lru_cache(maxsize=None)
 def objects(
     num_objects: int = 120,  # taken in turn from the eight categories: 120 = 15 of each
-) -> list[Object]:  # the first `num_objects`, the same prefix whatever the number
+) -> tuple[Object, ...]:  # the first `num_objects`, the same prefix whatever the number
     "The objects of the data set; two of every fifteen are held out of the captions. More than there are: `ValueError`."
     ranks = zip_longest(*PICTOGRAMS.values())
     every = [Object(_name(char), category, char, rank % 15 in (6, 12))
              for rank, chars in enumerate(ranks) for category, char in zip(CATEGORIES, chars) if char]
     if not len(CATEGORIES) <= num_objects <= len(every):
         raise ValueError(f'num_objects={num_objects}: expected {len(CATEGORIES)} to {len(every)}')
-    return every[:num_objects]
+    return tuple(every[:num_objects])
 
 # %% ../nbs/01_emoji_motion.ipynb #473a147c
 def _name(char: str) -> str:
@@ -253,7 +254,8 @@ def render(
     out = []
     for t in range(spec.num_frames) if frames is None else frames:
         dx, dy = (j * side for j in spec.jitter[t])
-        image = ground.transform((side, side), Image.AFFINE, (1, 0, margin - dx, 0, 1, margin - dy), Image.BILINEAR)
+        left, top = margin - dx, margin - dy
+        image = ground.resize((side, side), Image.BILINEAR, box=(left, top, left + side, top + side))
         for actor in reversed(spec.actors):
             x, y, size, angle, opacity = pose(actor, t, spec.num_frames)
             _draw(image, actor.object.char, x * side + dx, y * side + dy, size * side, angle, opacity)
@@ -267,7 +269,7 @@ def stills(
     split: str = 'train',
     num_objects: int = 120,
     image_size: int = 112,
-    heldout: bool | None = False, # False: no held-out objects, True: only them, None: any
+    heldout: bool | None = None,  # True: only held-out objects, False: none, None: any
 ) -> tuple[np.ndarray, list[dict]]:  # uint8 [n,3,H,W] and, for each, name, category, scene, captions
     "Random single frames for training an image teacher: one time point of a clip in which the lead can be seen."
     rng = np.random.default_rng([seed, SPLITS.index(split), 1])
