@@ -1,0 +1,82 @@
+"""The teacher against the reference's vectors and the golden numbers of the full-size models."""
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from umt.teacher import Teacher, load_teacher, open_clip_visual, resize_positions
+
+REF = Path(os.environ.get('UMT_REFERENCE_DIR', Path(__file__).parents[1]/'../shared/reference'))
+reference = pytest.mark.skipif(not REF.exists(), reason=f'no reference vectors at {REF}')
+
+
+def tiny(name):
+    config = json.loads((REF/name/'config.json').read_text())
+    return load_teacher(REF/name/'clip_visual.pth', aligned_layers=config['student']['aligned_layers']), load_file(REF/name/'stage1_io.safetensors')
+
+
+@reference
+@pytest.mark.parametrize('name', ['tiny_a', 'tiny_b'])
+def test_reference(name):
+    teacher, io = tiny(name)
+    out = teacher(io['video'])
+    assert_close(out.tokens, io['teacher_tokens'], rtol=1e-4, atol=1e-5)
+    assert_close(out.attention, io['teacher_attention'], rtol=1e-4, atol=1e-5)
+    assert not out.mask.any()
+
+
+@reference
+@pytest.mark.parametrize('name', ['tiny_a', 'tiny_b'])
+def test_reference_at_the_visible_tokens(name):
+    teacher, io = tiny(name)
+    expected = io['teacher_tokens'][:, ~io['mask']].view(*io['student_tokens'].shape)
+    per_frame = int((~io['mask'][0]).sum()) // io['video'].shape[2]
+    for mask in (io['mask'], lambda attention: io['mask']):
+        assert_close(teacher(io['video'], mask).tokens, expected, rtol=1e-4, atol=1e-5)
+        assert_close(teacher(io['video'], mask, visible_per_frame=per_frame).tokens, expected, rtol=1e-4, atol=1e-5)
+
+
+@reference
+def test_frozen_and_autocast():
+    teacher, io = tiny('tiny_a')
+    half = Teacher(teacher.visual, 3, dtype=torch.bfloat16).train()
+    tokens = half(io['video']).tokens
+    assert not half.visual.training and not tokens.requires_grad and not any(p.requires_grad for p in half.parameters())
+    assert tokens.dtype == torch.float32
+    assert 0 < (tokens - io['teacher_tokens']).abs().max() < .03
+    with torch.autocast('cpu', torch.bfloat16): # a float32 teacher is one, whatever surrounds it
+        assert_close(teacher(io['video']).tokens, io['teacher_tokens'], rtol=1e-4, atol=1e-5)
+
+
+GOLDEN = {
+    'ViT-B-16-quickgelu': dict(
+        size=224, first=[-.050187, .017280, .064984, -.012688], mean=.00060986, mean_abs=.03526984,
+        attention=[.004269, .004918, .005003, .005512], rows=[.995306, .995367, .995302]),
+    'ViT-L-14-quickgelu': dict(
+        size=196, first=[-.019808, .052904, -.012824, -.023344], mean=.00034631, mean_abs=.02882985,
+        attention=[.004627, .004992, .005120, .005189], rows=[.995099, .995187, .995043]),
+}
+
+
+@pytest.mark.parametrize('name', GOLDEN)
+def test_golden(name):
+    "Full-size models filled with a recipe's numbers: the reference's outputs to every printed digit."
+    golden, visual = GOLDEN[name], open_clip_visual(name, 'random')
+    visual.positional_embedding.data = resize_positions(visual.positional_embedding.data, golden['size'] // visual.patch_size[0])
+    visual.image_size = (golden['size'],) * 2
+    for n, (key, p) in enumerate(sorted(visual.named_parameters())):
+        value = .02 * np.random.RandomState(1000 + n).standard_normal(p.numel()).reshape(p.shape)
+        p.data = torch.tensor(value + (p.ndim == 1 and key.endswith('.weight')), dtype=torch.float32)
+    video = torch.tensor(np.random.RandomState(7).standard_normal((1, 3, 8, 224, 224)), dtype=torch.float32)
+    tokens, _, attention = Teacher(visual, aligned_layers=6)(video)
+    close = lambda a, b: assert_close(a, torch.tensor(b), rtol=0, atol=1e-6)
+    assert tokens.shape[:3] == (6, 1, 1568) and attention.shape == (8, 196)
+    close(tokens.flatten()[:4], golden['first'])
+    close(torch.stack([tokens.mean(), tokens.abs().mean()]), [golden['mean'], golden['mean_abs']])
+    close(attention.flatten()[:4], golden['attention'])
+    close(attention.sum(1)[:3], golden['rows'])
