@@ -1,0 +1,169 @@
+"Numerical parity with the paper's reference implementation: recorded vectors (tiny_a, tiny_b) and golden numbers (B/16)"
+import json, os
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from umt.checkpoints import (PUBLISHED_GRID, WeightsError, load_model, load_recognizer, load_student, load_teacher, published_names,
+                             read_state_dict, save_model, save_published, to_published)
+from umt.objectives import uta_loss
+from umt.student import SIZES, Recognizer, Student, position_table
+from umt.teacher import Teacher, open_clip_visual
+
+REFERENCE = Path(os.environ.get('UMT_REFERENCE_DIR', Path(__file__).parents[2]/'shared'/'reference'))
+close = dict(rtol=1e-4, atol=1e-5)  # the tolerance that the reference vectors are given with
+
+
+@pytest.fixture(params=['tiny_a', 'tiny_b'])
+def tiny(request):
+    folder = REFERENCE/request.param
+    if not folder.exists(): pytest.skip(f'no reference vectors at {folder} (set UMT_REFERENCE_DIR)')
+    return folder
+
+
+def sizes(folder):
+    student = json.loads((folder/'config.json').read_text())['student']
+    return dict(image_size=student['image_size'], num_frames=student['frames'], num_heads=student['heads'])
+
+
+def test_stage1(tiny):
+    "Student tokens, loss and every recorded gradient"
+    io = load_file(tiny/'stage1_io.safetensors')
+    student = load_student(tiny/'stage1_student.pth', **sizes(tiny)).eval()
+    tokens = student(io['video'], io['mask'])
+    assert_close(tokens, io['student_tokens'], **close)
+    visible = (~io['mask']).nonzero()[:, 1].view(1, len(io['mask']), -1, 1)
+    loss = uta_loss(tokens, io['teacher_tokens'].take_along_dim(visible, 2))
+    assert_close(loss[None], io['loss'], **close)
+    loss.backward()
+    names, parameters = published_names(student), dict(student.named_parameters())
+    recorded = {k.removeprefix('grad.'): v for k, v in io.items() if k.startswith('grad.')}
+    assert recorded
+    for name, grad in recorded.items(): assert_close(parameters[names[name]].grad, grad, **close, msg=lambda m: f'{name}: {m}')
+
+
+def test_end_to_end(tiny):
+    "The same loss with our teacher in place of the recorded one"
+    io = load_file(tiny/'stage1_io.safetensors')
+    student = load_student(tiny/'stage1_student.pth', **sizes(tiny)).eval()
+    teacher = load_teacher(tiny/'clip_visual.pth', aligned_layers=student.config['aligned_layers'])
+    assert_close(uta_loss(student(io['video'], io['mask']), teacher(io['video'], io['mask']).tokens)[None], io['loss'], **close)
+
+
+def test_recognition(tiny):
+    "Logits of the fine-tuned model, whose positions are in the file; frames and pixels are found from it"
+    io = load_file(tiny/'finetuned_io.safetensors')
+    recognizer = load_recognizer(tiny/'finetuned.pth', num_heads=sizes(tiny)['num_heads']).eval()
+    assert_close(recognizer(io['video']), io['logits'], **close)
+
+
+def test_round_trip(tiny, tmp_path):
+    "Published -> ours -> our format -> published: every tensor, name, shape and their order, to the bit"
+    student = load_student(tiny/'stage1_student.pth', **sizes(tiny))
+    recognizer = load_recognizer(tiny/'finetuned.pth', num_heads=sizes(tiny)['num_heads'])
+    for model, file in ((student, 'stage1_student.pth'), (recognizer, 'finetuned.pth')):
+        save_model(model, tmp_path/'ours')
+        save_published(load_model(tmp_path/'ours'), tmp_path/'published.pth')
+        expected, got = read_state_dict(tiny/file), read_state_dict(tmp_path/'published.pth')
+        assert set(got) == set(expected)
+        assert all(torch.equal(got[k], expected[k]) and got[k].dtype == expected[k].dtype for k in expected)
+        assert {k.split('.')[0]: None for k in got} == {k.split('.')[0]: None for k in expected}
+
+
+@pytest.mark.parametrize('wrapper', ['model', 'module', None])
+def test_wrappers(tiny, tmp_path, wrapper):
+    state = read_state_dict(tiny/'stage1_student.pth')
+    torch.save({wrapper: state} if wrapper else state, tmp_path/'file.pth')
+    student = load_student(tmp_path/'file.pth', **sizes(tiny))
+    assert all(torch.equal(a, b) for a, b in zip(to_published(student).values(), to_published(load_student(tiny/'stage1_student.pth', **sizes(tiny))).values()))
+
+
+@pytest.mark.parametrize('change, expected', [
+    (lambda s: s.pop('blocks.0.attn.q_bias'), 'missing         1  blocks.0.attn.q_bias'),
+    (lambda s: s.update({'norm.weight': torch.ones(3)}), 'unexpected      1  norm.weight'),
+    (lambda s: s.update({'head.bias': torch.ones(3)}), 'mismatched      1  head.bias'),
+    (lambda s: s.update({'blocks.0.attn.qkv.bias': torch.ones(3)}), 'unexpected      1  blocks.0.attn.qkv.bias'),
+])
+def test_strict(tiny, tmp_path, change, expected):
+    "No tensor is ignored"
+    state = read_state_dict(tiny/'finetuned.pth')
+    change(state)
+    torch.save(state, tmp_path/'file.pth')
+    with pytest.raises(WeightsError, match=expected): load_recognizer(tmp_path/'file.pth', num_heads=sizes(tiny)['num_heads'])
+
+
+def test_sixteen_frames(tmp_path):
+    "A 16-frame file (half precision, under `module`, as DeepSpeed leaves it), which the reference's own loader takes for 8 frames"
+    original = Recognizer(5, num_frames=16, base_grid=PUBLISHED_GRID, embed_dim=192, depth=1, num_heads=3)
+    state = {k: v.half() for k, v in to_published(original).items()}
+    assert state['pos_embed'].shape == (1, 3136, 192)
+    torch.save(dict(module=state), tmp_path/'f16.pth')
+    assert load_recognizer(tmp_path/'f16.pth').encoder.grid == (16, 14, 14)
+    assert_close(load_recognizer(tmp_path/'f16.pth').encoder.positions, original.encoder.positions, rtol=0, atol=1e-3)
+    eight = load_recognizer(tmp_path/'f16.pth', num_frames=8)
+    assert eight.encoder.grid == PUBLISHED_GRID
+
+
+# Golden numbers of B/16: weights from a recipe, so that no file is needed
+
+def fill(tensors):
+    "0.02 times normal numbers, seeded by the place of a name among the sorted names; the weights of norms around 1"
+    for n, name in enumerate(sorted(tensors)):
+        value = .02 * np.random.RandomState(1000 + n).standard_normal(tensors[name].numel())
+        tensors[name].copy_(torch.from_numpy(value + (tensors[name].ndim == 1 and name.endswith('.weight'))).view_as(tensors[name]))
+
+
+def golden(model):
+    tensors = model.state_dict()
+    fill({published: tensors[name] for published, name in published_names(model).items()})
+    return model.eval()
+
+
+@pytest.fixture(scope='module')
+def clip(): return torch.from_numpy(np.random.RandomState(7).standard_normal((1, 3, 8, 224, 224))).float()
+
+
+@pytest.fixture(scope='module')
+def mask():
+    rng = np.random.RandomState(11)
+    mask = torch.ones(8, 196, dtype=torch.bool)
+    for frame in mask: frame[rng.permutation(196)[:40]] = False
+    assert (~mask[0]).nonzero()[:6, 0].tolist() == [0, 2, 3, 14, 16, 22]
+    return mask.view(1, -1)
+
+
+@torch.no_grad()
+def test_golden_stage1(clip, mask):
+    "Student, teacher and loss of B/16 at full size"
+    student = golden(Student(**SIZES['base']))(clip, mask)
+    assert_close(student[0, 0, 0, :4], torch.tensor([-.014734, .083953, .023323, .052353]), rtol=0, atol=1e-5)
+    assert_close(student.abs().mean().item(), .03529195, rtol=0, atol=1e-6)
+    visual = open_clip_visual('ViT-B-16-quickgelu', 'random')
+    fill(dict(visual.named_parameters()))
+    teacher = Teacher(visual, aligned_layers=6)(clip, mask)
+    assert_close(uta_loss(student, teacher.tokens).item(), 2.0025079, rtol=0, atol=1e-5)
+    per_layer = torch.stack([uta_loss(s[None], t[None]) for s, t in zip(student, teacher.tokens)])
+    assert_close(per_layer, torch.tensor([2.000072, 2.014096, 1.997691, 1.991774, 1.989117, 2.022295]), rtol=0, atol=1e-5)
+    assert_close(uta_loss(student, teacher.tokens, 'mse').item(), .003911148, rtol=0, atol=1e-7)
+
+
+@torch.no_grad()
+def test_golden_recognition(clip):
+    logits = golden(Recognizer(400, **SIZES['base']))(clip)[0]
+    assert_close(logits[:4], torch.tensor([.242813, -.044103, -.395453, .231979]), rtol=0, atol=1e-5)
+    assert_close(logits.abs().mean().item(), .41995019, rtol=0, atol=1e-5)
+    assert logits.argmax() == 35
+
+
+@pytest.mark.parametrize('grid, second, last, total', [
+    ((8, 14, 14), [.841471, .540302, .828431, .560091], [.608948, -.793210, .093232, -.995644], 245744.9896),
+    ((16, 14, 14), None, [.608948, -.793210, .093232, -.995644], 491489.9791),
+    ((8, 24, 24), [.236956, 1.002239, .228754, .976923], [.533990, -1.008805, -.074023, -1.103680], 722143.8422),
+])
+def test_position_tables(grid, second, last, total):
+    table = position_table(grid, 768, PUBLISHED_GRID)
+    if second: assert_close(table[1, :4], torch.tensor(second), rtol=0, atol=1e-5)
+    assert_close(table[-1, :4], torch.tensor(last), rtol=0, atol=1e-5)
+    assert_close(table.double().sum().item(), total, rtol=1e-7, atol=0)
