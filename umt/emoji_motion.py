@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PICTOGRAMS', 'CATEGORIES', 'ACTIONS', 'SCENES', 'SPLITS', 'VERSION', 'PLACES', 'VERBS', 'Object', 'objects', 'sprite',
-           'Actor', 'ClipSpec', 'pose', 'clip_spec', 'scene_texture', 'render', 'stills', 'still_captions', 'captions',
-           'questions', 'boxes', 'write_mp4', 'video_path', 'generate']
+           'Actor', 'ClipSpec', 'pose', 'clip_spec', 'reverse', 'scene_texture', 'render', 'still_captions', 'stills',
+           'captions', 'questions', 'boxes', 'write_mp4', 'video_path', 'generate']
 
 # %% ../nbs/01_emoji_motion.ipynb #e66c0a2b
-import gzip, io, json, os, sys, time, unicodedata
+import fcntl, gzip, io, json, os, time, unicodedata
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import zip_longest
@@ -39,7 +39,13 @@ SCENES = ('grass', 'sand', 'sea', 'sky', 'night', 'snow', 'brick', 'wood', 'suns
 SPLITS = ('train', 'val', 'test')
 VERSION = 1  # of the generator: a change of the pictures or the annotations raises it
 
-# %% ../nbs/01_emoji_motion.ipynb #37087adc
+# %% ../nbs/01_emoji_motion.ipynb #473a147c
+def _name(char: str) -> str:
+    "The Unicode name without the words that say how a chart draws it."
+    words = unicodedata.name(char).lower().replace('mans ', "man's ").split()
+    return ' '.join(w for w in words if w not in ('face', 'black', 'lower', 'left', 'left-pointing'))
+
+# %% ../nbs/01_emoji_motion.ipynb #10ba1750
 @dataclass(frozen=True)
 class Object:
     "One pictogram: what it is called and what kind of thing it is."
@@ -48,7 +54,7 @@ class Object:
     char: str       # the Unicode character
     heldout: bool   # its name occurs in no caption of clips people train on
 
-
+# %% ../nbs/01_emoji_motion.ipynb #fbfc7be6
 @lru_cache(maxsize=None)
 def objects(
     num_objects: int = 120,  # taken in turn from the eight categories: 120 = 15 of each
@@ -60,12 +66,6 @@ def objects(
     if not len(CATEGORIES) <= num_objects <= len(every):
         raise ValueError(f'num_objects={num_objects}: expected {len(CATEGORIES)} to {len(every)}')
     return tuple(every[:num_objects])
-
-# %% ../nbs/01_emoji_motion.ipynb #473a147c
-def _name(char: str) -> str:
-    "The Unicode name without the words that say how a chart draws it."
-    words = unicodedata.name(char).lower().replace('mans ', "man's ").split()
-    return ' '.join(w for w in words if w not in ('face', 'black', 'lower', 'left', 'left-pointing'))
 
 # %% ../nbs/01_emoji_motion.ipynb #fa6c7c62
 @lru_cache(maxsize=None)
@@ -81,7 +81,7 @@ def sprite(
     square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
     return square.resize((size, size), Image.LANCZOS)
 
-# %% ../nbs/01_emoji_motion.ipynb #adad3289
+# %% ../nbs/01_emoji_motion.ipynb #3c73fff6
 @dataclass(frozen=True)
 class Actor:
     "An object and what it does. Lengths are shares of the image side, angles are degrees clockwise."
@@ -93,7 +93,7 @@ class Actor:
     angle: float   # turn from upright at half time
     amount: float  # how far it moves: share of the image, degrees, or share of the size; fades use the whole range
 
-
+# %% ../nbs/01_emoji_motion.ipynb #ec866994
 @dataclass(frozen=True)
 class ClipSpec:
     "Everything that is in a clip, as plain values: `render` draws it, the annotations are read off it."
@@ -134,12 +134,12 @@ def pose(
         case 4: opacity = p
     return x, y, size, angle, opacity
 
-# %% ../nbs/01_emoji_motion.ipynb #ba5a0fbc
-def _actor(rng: np.random.Generator, obj: Object, action: str, size: float, tilt: float) -> Actor:
+# %% ../nbs/01_emoji_motion.ipynb #9677d3ab
+def _actor(rng: np.random.Generator, obj: Object, action: str, size: float) -> Actor:
     "Draw the free parameters of an actor; none depends on which action of a pair it is."
     pair = ACTIONS.index(action) // 2
-    amount = (rng.uniform(.40, .52), rng.uniform(.40, .52), rng.uniform(.45, .55), rng.uniform(200, 280), 1.)[pair]
-    angle = rng.uniform(-30, 30) if pair == 3 else rng.uniform(-tilt, tilt)
+    amount = (rng.uniform(.40, .52), rng.uniform(.40, .52), rng.uniform(.42, .50), rng.uniform(200, 280), 1.)[pair]
+    angle = rng.uniform(-30, 30) if pair == 3 else rng.uniform(-12, 12)
     reach = [amount / 2 if pair == axis else 0 for axis in (0, 1)]
     room = [max(.5 - size * .42 - r, .02) for r in reach]   # the drawing may touch the border, not leave
     x, y = (.5 + rng.uniform(-r, r) for r in room)
@@ -151,7 +151,7 @@ def _clearance(a: Actor, b: Actor, num_frames: int) -> float:
     path = [np.array([pose(k, t, num_frames)[:2] for t in range(num_frames)]) for k in (a, b)]
     return float(np.hypot(*(path[0] - path[1]).T).min())
 
-# %% ../nbs/01_emoji_motion.ipynb #c34d19dc
+# %% ../nbs/01_emoji_motion.ipynb #022bae65
 def clip_spec(
     split: str,              # 'train', 'val' or 'test': each has random numbers of its own
     index: int,              # which clip of the split
@@ -168,14 +168,23 @@ def clip_spec(
     pool = [o for o in objects(num_objects) if o.category == category and heldout in (None, o.heldout)]
     count = min(rng.choice([1, 2, 3], p=[.6, .3, .1]), len(pool))
     lead, *others = rng.permutation(len(pool))[:count]
-    actors = [_actor(rng, pool[lead], action, rng.uniform(.46, .58), 12)]
+    size = rng.uniform(.46, .58) + (.08 if action in ('comes closer', 'goes away') else 0)   # still the largest when far away
+    actors = [_actor(rng, pool[lead], action, size)]
     for other in others:
-        tries = [_actor(rng, pool[other], ACTIONS[rng.integers(len(ACTIONS))], rng.uniform(.18, .21), 12) for _ in range(8)]
+        tries = [_actor(rng, pool[other], ACTIONS[rng.integers(10)], rng.uniform(.18, .21)) for _ in range(8)]
         actors.append(max(tries, key=lambda a: min(_clearance(a, b, num_frames) for b in actors)))
     walk = rng.normal(size=(num_frames + 4, 2))             # white noise, smoothed: the same law in both directions of time
     jitter = sum(walk[i:i + num_frames] for i in range(5)) / 5**.5 * .009
     return ClipSpec(f'{split}_{index:06d}', split, SCENES[rng.integers(len(SCENES))], int(rng.integers(2**31)),
                     tuple((float(x), float(y)) for x, y in jitter.clip(-.03, .03)), tuple(actors), image_size, fps)
+
+# %% ../nbs/01_emoji_motion.ipynb #d2de62a2
+def reverse(
+    spec: ClipSpec,
+) -> ClipSpec:  # the clip that shows the same frames in opposite order
+    "Swap every action for its partner and turn the camera's path around."
+    actors = tuple(replace(a, action=ACTIONS[ACTIONS.index(a.action) ^ 1]) for a in spec.actors)
+    return replace(spec, actors=actors, jitter=spec.jitter[::-1])
 
 # %% ../nbs/01_emoji_motion.ipynb #7979ebc3
 def _noise(rng: np.random.Generator, size: int, *cells: tuple[int, int]) -> np.ndarray:
@@ -207,7 +216,9 @@ def scene_texture(
         case 'sea':
             wave = .5 + .5 * np.sin(2 * np.pi * (rng.uniform(12, 16) * y + 2.5 * grain((12, 5))))
             image = _blend(.6 * wave + .4 * grain((40, 12)), (8, 62, 120), (24, 110, 170), (130, 200, 220))
-        case 'sky': image = _blend((2.2 * grain((4, 3), (10, 7)) - .75 + .3 * y).clip(0, 1), (72, 150, 232), (150, 200, 246), (250, 252, 255))
+        case 'sky':
+            cloud = (2.2 * grain((4, 3), (10, 7)) - .75 + .3 * y).clip(0, 1)
+            image = _blend(cloud, (72, 150, 232), (150, 200, 246), (250, 252, 255))
         case 'night':
             image = _blend(.5 * y + .5 * grain((4, 4)), (16, 18, 52), (52, 48, 110))
             image[rng.random((size, size)) > .985] = (240, 236, 200)
@@ -226,11 +237,13 @@ def scene_texture(
             ring = .5 + .5 * np.sin(2 * np.pi * (12 * x + 5 * grain((3, 14))))
             image = _blend(.5 * ring + .5 * grain((6, 90)), (104, 62, 30), (150, 98, 52), (190, 138, 86))
             image[(x * planks + rng.random()) % 1 < .03] = (66, 38, 18)
-        case 'sunset': image = _blend((y + .35 * grain((9, 3)) - .15).clip(0, 1), (70, 36, 110), (196, 62, 110), (250, 130, 60), (255, 214, 110))
+        case 'sunset':
+            height = (y + .35 * grain((9, 3)) - .15).clip(0, 1)
+            image = _blend(height, (70, 36, 110), (196, 62, 110), (250, 130, 60), (255, 214, 110))
         case 'fog': image = _blend(grain((3, 3), (6, 5)), (140, 146, 150), (184, 188, 190), (222, 224, 226))
     return (image * rng.uniform(.9, 1.08)).clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/01_emoji_motion.ipynb #7c6c4b18
+# %% ../nbs/01_emoji_motion.ipynb #1472db17
 def _draw(frame: Image.Image, char: str, x: float, y: float, size: float, angle: float, opacity: float) -> None:
     "Paste a sprite at a sub-pixel position; lengths in pixels."
     source = sprite(char, 72 if size > 36 else 36)
@@ -243,7 +256,7 @@ def _draw(frame: Image.Image, char: str, x: float, y: float, size: float, angle:
     alpha = patch.getchannel('A')
     frame.paste(patch, (left, top), alpha if opacity == 1 else alpha.point(lambda v: v * opacity))
 
-
+# %% ../nbs/01_emoji_motion.ipynb #dde6457b
 def render(
     spec: ClipSpec,
     frames: list[int] | None = None,  # which; None = all
@@ -261,6 +274,38 @@ def render(
             _draw(image, actor.object.char, x * side + dx, y * side + dy, size * side, angle, opacity)
         out.append(np.asarray(image))
     return np.stack(out)
+
+# %% ../nbs/01_emoji_motion.ipynb #01dd7b7f
+PLACES = dict(grass='on the grass', sand='on the sand', sea='on the sea', sky='in the sky', night='at night', snow='in the snow',
+              brick='in front of a brick wall', wood='on a wooden floor', sunset='at sunset', fog='in the fog')
+VERBS = {'moves right': ('moves right', 'moves to the right', 'slides from left to right'),
+         'moves left': ('moves left', 'moves to the left', 'slides from right to left'),
+         'moves up': ('moves up', 'rises', 'goes upwards'),
+         'moves down': ('moves down', 'sinks', 'goes downwards'),
+         'comes closer': ('comes closer', 'approaches', 'grows larger'),
+         'goes away': ('goes away', 'moves away', 'grows smaller'),
+         'spins clockwise': ('spins clockwise', 'turns clockwise', 'rotates to the right'),
+         'spins counter-clockwise': ('spins counter-clockwise', 'turns counter-clockwise', 'rotates to the left'),
+         'appears': ('appears', 'fades in', 'comes into view'),
+         'disappears': ('disappears', 'fades out', 'vanishes')}
+
+# %% ../nbs/01_emoji_motion.ipynb #ae4c3f83
+def _a(obj: Object) -> str:
+    "The name with its article."
+    name = obj.name
+    if name.endswith('s') and not name.endswith(('ss', 'us', 'drumsticks')):
+        return f"a {'pair' if obj.category == 'clothing' or name == 'scissors' else 'set'} of {name}"
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def still_captions(
+    spec: ClipSpec,
+) -> list[str]:  # several ways to say it; nothing about the action, which a frame does not show
+    "Captions of a single frame."
+    what, place = _a(spec.lead.object), PLACES[spec.scene]
+    company = ' and '.join(_a(a.object) for a in spec.actors[1:])
+    found = [f'{what} {place}', f'a picture of {what} {place}', f'{spec.scene} with {what}', what]
+    return found + [f'{what} with {company} {place}'] * bool(company)
 
 # %% ../nbs/01_emoji_motion.ipynb #d3a7859e
 def stills(
@@ -282,40 +327,13 @@ def stills(
         facts.append(dict(name=lead.name, category=lead.category, scene=spec.scene, captions=still_captions(spec)))
     return images, facts
 
-# %% ../nbs/01_emoji_motion.ipynb #f52a77d3
-PLACES = dict(grass='on the grass', sand='on the sand', sea='on the sea', sky='in the sky', night='at night', snow='in the snow',
-              brick='in front of a brick wall', wood='on a wooden floor', sunset='at sunset', fog='in the fog')
-VERBS = {'moves right': ('moves right', 'moves to the right', 'slides from left to right'),
-         'moves left': ('moves left', 'moves to the left', 'slides from right to left'),
-         'moves up': ('moves up', 'rises', 'goes upwards'),
-         'moves down': ('moves down', 'sinks', 'goes downwards'),
-         'comes closer': ('comes closer', 'approaches', 'grows larger'),
-         'goes away': ('goes away', 'moves away', 'grows smaller'),
-         'spins clockwise': ('spins clockwise', 'turns clockwise', 'rotates to the right'),
-         'spins counter-clockwise': ('spins counter-clockwise', 'turns counter-clockwise', 'rotates to the left'),
-         'appears': ('appears', 'fades in', 'comes into view'),
-         'disappears': ('disappears', 'fades out', 'vanishes')}
-
-
-def _a(name: str) -> str: return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def still_captions(
-    spec: ClipSpec,
-) -> list[str]:  # several ways to say it; nothing about the action, which a frame does not show
-    "Captions of a single frame."
-    name, place = spec.lead.object.name, PLACES[spec.scene]
-    company = [a.object.name for a in spec.actors[1:]]
-    found = [f'{_a(name)} {place}', f'a picture of {_a(name)} {place}', f'{spec.scene} with {_a(name)}', _a(name)]
-    return found + ([f"{_a(name)} with {' and '.join(map(_a, company))} {place}"] if company else [])
-
 # %% ../nbs/01_emoji_motion.ipynb #11fec957
 def captions(
     spec: ClipSpec,
 ) -> list[str]:  # four paraphrases; the last one tells what the companions do as well
     "Captions of a clip."
     (v1, v2, v3), place = VERBS[spec.lead.action], PLACES[spec.scene]
-    what = _a(spec.lead.object.name)
+    what = _a(spec.lead.object)
     company = [f'a small {a.object.name} {VERBS[a.action][0]}' for a in spec.actors[1:]]
     return [f'{what} {v1} {place}', f'{place}, {what} {v2}', f'a video of {what} that {v3} {place}',
             f'{what} {v2} {place} while {" and ".join(company)}' if company else f'there is {what} {place} and it {v1}']
@@ -331,7 +349,7 @@ def questions(
              ('how many objects are there?', ('one', 'two', 'three')[len(spec.actors) - 1])]
     return asked + [(f'what does the small {a.object.name} do?', a.action) for a in spec.actors[1:]]
 
-# %% ../nbs/01_emoji_motion.ipynb #a9b87d06
+# %% ../nbs/01_emoji_motion.ipynb #636f1b0e
 @lru_cache(maxsize=None)
 def _outline(char: str) -> np.ndarray:
     "Border points of a sprite, rows of (x, y) in -0.5..0.5: the first and the last opaque pixel of each row."
@@ -341,7 +359,7 @@ def _outline(char: str) -> np.ndarray:
     corners = [(x, y) for r, f, l in zip(rows, first, last) for x in (f, l + 1) for y in (r, r + 1)]
     return np.array(corners) / 72 - .5
 
-
+# %% ../nbs/01_emoji_motion.ipynb #0ac297e6
 def boxes(
     spec: ClipSpec,
 ) -> np.ndarray:  # [A,T,4] x1,y1,x2,y2 in 0..1; nan where an actor is too faint to see
@@ -357,7 +375,17 @@ def boxes(
             found[i, t] = np.concatenate([turned.min(0), turned.max(0)]).clip(0, 1)
     return found
 
-# %% ../nbs/01_emoji_motion.ipynb #1d9064a1
+# %% ../nbs/01_emoji_motion.ipynb #3499b065
+def _yuv420(frames: np.ndarray) -> np.ndarray:
+    "RGB [T,H,W,3] to planar 4:2:0 [T,3H/2,W]: BT.601, limited range, in whole numbers."
+    t, h, w, _ = frames.shape
+    r, g, b = colours = np.moveaxis(frames, -1, 0).astype(np.int32)
+    half = colours[:, :, ::2] + colours[:, :, 1::2]
+    r4, g4, b4 = half[..., ::2] + half[..., 1::2]                    # sums of 2 x 2 pixels
+    planes = (66 * r + 129 * g + 25 * b + 4224 >> 8, 112 * b4 - 38 * r4 - 74 * g4 + 131584 >> 10, 112 * r4 - 94 * g4 - 18 * b4 + 131584 >> 10)
+    return np.concatenate([p.reshape(t, -1, w) for p in planes], 1).astype(np.uint8)
+
+# %% ../nbs/01_emoji_motion.ipynb #79c20285
 def write_mp4(
     path: str | Path,
     frames: np.ndarray,  # uint8 [T,H,W,3], H and W even
@@ -369,22 +397,22 @@ def write_mp4(
     with av.open(str(partial), 'w', format='mp4') as file:
         stream = file.add_stream('libx264', rate=fps, options=dict(preset='veryfast', crf='18', g='12', bf='0', threads='1'))
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
-        for frame in frames: file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
+        for planes in _yuv420(frames): file.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format='yuv420p')))
         file.mux(stream.encode())
     partial.replace(path)
 
-
-def _make_clip(job: tuple[Path, dict]) -> None:
-    root, args = job
-    spec = clip_spec(**args)
-    write_mp4(root / video_path(spec), render(spec), spec.fps)
-
-
+# %% ../nbs/01_emoji_motion.ipynb #39b32e68
 def video_path(
     spec: ClipSpec,
 ) -> str:  # relative to the root of the data set
     "Where a clip's file lies."
     return f'videos/{spec.split}/{spec.id}.mp4'
+
+# %% ../nbs/01_emoji_motion.ipynb #efc2566e
+def _make_clip(job: tuple[Path, dict]) -> None:
+    root, args = job
+    spec = clip_spec(**args)
+    write_mp4(root / video_path(spec), render(spec), spec.fps)
 
 # %% ../nbs/01_emoji_motion.ipynb #6ea6e569
 def _write(path: Path, text: str) -> None:
@@ -404,7 +432,7 @@ def _write_lists(root: Path, split: str, specs: list[ClipSpec]) -> None:
     for what, values in labels.items():
         _write(root / f'{what}_{split}.csv', ''.join(f'{video_path(s)} {v}\n' for s, v in zip(specs, values)))
 
-
+# %% ../nbs/01_emoji_motion.ipynb #f0fef826
 def _write_texts(root: Path, split: str, specs: list[ClipSpec]) -> None:
     "Caption and question JSON lists. Clips with held-out objects are kept apart, and for training there are none."
     parts = {split: [s for s in specs if not s.heldout]}
@@ -414,7 +442,7 @@ def _write_texts(root: Path, split: str, specs: list[ClipSpec]) -> None:
         asked = [dict(video=video_path(s), question=q, answer=a) for s in some for q, a in questions(s)]
         _write_json(root / f'qa_{part}.json', [dict(entry, question_id=i) for i, entry in enumerate(asked)])
 
-
+# %% ../nbs/01_emoji_motion.ipynb #b3da116c
 def _write_boxes(root: Path, split: str, specs: list[ClipSpec]) -> None:
     "AVA's columns: video, time in seconds, x1, y1, x2, y2 in 0..1, action id from 1, actor id within the clip."
     rows = []
@@ -425,7 +453,7 @@ def _write_boxes(root: Path, split: str, specs: list[ClipSpec]) -> None:
                      for t, box in enumerate(track) if not np.isnan(box[0])]
     _write(root / f'boxes_{split}.csv', ''.join(rows))
 
-
+# %% ../nbs/01_emoji_motion.ipynb #ed497e40
 def _write_metadata(root: Path, split: str, specs: list[ClipSpec]) -> None:
     "Everything else, one JSON object per clip."
     _write(root / f'metadata_{split}.jsonl', ''.join(json.dumps(
@@ -444,20 +472,19 @@ def _write_names(root: Path, num_objects: int) -> None:
     _write(root / 'CREDITS.txt', f'{ATTRIBUTION} (https://openmoji.org, https://creativecommons.org/licenses/by-sa/4.0/)\n'
            'The clips are adaptations of OpenMoji pictograms and carry the same licence.\n')
 
-# %% ../nbs/01_emoji_motion.ipynb #fa0248f4
+# %% ../nbs/01_emoji_motion.ipynb #ef0fc0b3
 def _claim(root: Path, config: dict) -> bool:
     "Record whose root this is; True if it is complete. A root of another config: `ValueError`, naming the difference."
     path = root / 'config.json'
     if not path.exists():
-        if root.exists() and any(root.iterdir()): raise ValueError(f'{root} is not empty and has no config.json: not an EmojiMotion root')
-        root.mkdir(parents=True, exist_ok=True)
+        if {p.name for p in root.iterdir()} - {'.lock'}: raise ValueError(f'{root}: not empty, and no config.json of EmojiMotion')
         _write(path, json.dumps(config, indent=1))
     found = json.loads(path.read_text())
     differ = [f'{k}: {found.get(k)!r} there, {config.get(k)!r} wanted' for k in {**found, **config} if found.get(k) != config.get(k)]
     if differ: raise ValueError(f'{root} holds another EmojiMotion: {"; ".join(differ)}')
     return (root / 'complete').exists()
 
-
+# %% ../nbs/01_emoji_motion.ipynb #837bad0c
 def _run(jobs: list, num_workers: int) -> None:
     "Write the clips, in worker processes or (0) in this one, and say how far it is."
     start = said = time.monotonic()
@@ -470,32 +497,41 @@ def _run(jobs: list, num_workers: int) -> None:
     finally:
         if pool: pool.terminate()
 
-# %% ../nbs/01_emoji_motion.ipynb #ef0fc0b3
+# %% ../nbs/01_emoji_motion.ipynb #59a3200d
+def _fill(root: Path, num_clips: dict[str, int], shape: dict, num_workers: int) -> None:
+    "Make the clips that are missing, then the annotations."
+    specs = {split: [clip_spec(split, i, **shape) for i in range(n)] for split, n in num_clips.items()}
+    for split in specs: (root / 'videos' / split).mkdir(parents=True, exist_ok=True)
+    for left in root.glob('videos/*/.*'): left.unlink()      # half a clip of a run that was killed
+    jobs = [(root, dict(split=s.split, index=i, **shape)) for some in specs.values() for i, s in enumerate(some)
+            if not (root / video_path(s)).exists()]
+    _run(jobs, num_workers)
+    for split, some in specs.items():
+        for write in (_write_lists, _write_texts, _write_boxes, _write_metadata): write(root, split, some)
+    _write_names(root, shape['num_objects'])
+
+# %% ../nbs/01_emoji_motion.ipynb #ea1d6fa5
 def generate(
     root: str | Path,                # folder to fill
-    num_clips: dict[str, int] | int = 3000,  # clips per split; one number: 4/6 train, 1/6 val, 1/6 test
+    num_clips: dict[str, int] | int = 3000,  # per split; one number is shared out, 4/6 to train, 1/6 each to val and test
     seed: int = 0,
-    num_objects: int = 120,
-    image_size: int = 112,
+    num_objects: int = 120,          # 8 to 440
+    image_size: int = 112,           # pixels, even
     num_frames: int = 24,
     fps: int = 12,
     num_workers: int | None = None,  # processes; None: one per CPU, 0: this process alone
 ) -> Path:  # `root`
-    """Write the data set, or finish one that was cut off, or return at once if it is there.
-    A folder that holds something else, an unknown split, an odd image size: `ValueError`."""
+    """Write the data set, finish one that was cut off, or return at once if it is there.
+    A folder that holds something else (the difference is named), an unknown split, an odd image size: `ValueError`."""
     root = Path(root)
-    if isinstance(num_clips, int): num_clips = dict(train=num_clips - 2 * (num_clips // 6), val=num_clips // 6, test=num_clips // 6)
+    if isinstance(num_clips, int): num_clips = dict(train=num_clips - num_clips // 6 * 2, val=num_clips // 6, test=num_clips // 6)
     if unknown := set(num_clips) - set(SPLITS): raise ValueError(f'unknown splits {sorted(unknown)}: expected some of {SPLITS}')
     if image_size % 2: raise ValueError(f'image_size={image_size}: H.264 wants an even number')
     shape = dict(seed=seed, num_objects=num_objects, image_size=image_size, num_frames=num_frames, fps=fps)
-    if _claim(root, dict(version=VERSION, num_clips=num_clips, **shape)): return root
-    clips = {split: [dict(split=split, index=i, **shape) for i in range(n)] for split, n in num_clips.items()}
-    specs = {split: [clip_spec(**args) for args in some] for split, some in clips.items()}
-    for split in clips: (root / 'videos' / split).mkdir(parents=True, exist_ok=True)
-    jobs = [(root, args) for split in clips for spec, args in zip(specs[split], clips[split]) if not (root / video_path(spec)).exists()]
-    _run(jobs, os.cpu_count() if num_workers is None else num_workers)
-    for split, some in specs.items():
-        for write in (_write_lists, _write_texts, _write_boxes, _write_metadata): write(root, split, some)
-    _write_names(root, num_objects)
-    _write(root / 'complete', '')
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / '.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _claim(root, dict(version=VERSION, num_clips=num_clips, **shape)):
+            _fill(root, num_clips, shape, os.cpu_count() if num_workers is None else num_workers)
+            _write(root / 'complete', '')
     return root
