@@ -364,15 +364,14 @@ def boxes(
     spec: ClipSpec,
 ) -> np.ndarray:  # [A,T,4] x1,y1,x2,y2 in 0..1; nan where an actor is too faint to see
     "The tight box around every actor in every frame, clipped to the image."
-    found = np.full((len(spec.actors), spec.num_frames, 4), np.nan)
+    found = np.empty((len(spec.actors), spec.num_frames, 4))
     for i, actor in enumerate(spec.actors):
-        points = _outline(actor.object.char)
-        for t, jitter in enumerate(spec.jitter):
-            x, y, size, angle, opacity = pose(actor, t, spec.num_frames)
-            if opacity < .2: continue
-            c, s = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
-            turned = points @ np.array([[c, s], [-s, c]]) * size + (x, y) + jitter
-            found[i, t] = np.concatenate([turned.min(0), turned.max(0)]).clip(0, 1)
+        x, y, size, angle, opacity = np.array([pose(actor, t, spec.num_frames) for t in range(spec.num_frames)]).T
+        c, s = np.cos(np.deg2rad(angle)) * size, np.sin(np.deg2rad(angle)) * size
+        turned = _outline(actor.object.char) @ np.array([[c, s], [-s, c]]).transpose(2, 0, 1)       # [T,points,2]
+        turned += (np.stack([x, y], -1) + spec.jitter)[:, None]
+        found[i] = np.concatenate([turned.min(1), turned.max(1)], -1).clip(0, 1)
+        found[i, opacity < .2] = np.nan
     return found
 
 # %% ../nbs/01_emoji_motion.ipynb #3499b065
@@ -382,13 +381,15 @@ def _yuv420(frames: np.ndarray) -> np.ndarray:
     r, g, b = colours = np.moveaxis(frames, -1, 0).astype(np.int32)
     half = colours[:, :, ::2] + colours[:, :, 1::2]
     r4, g4, b4 = half[..., ::2] + half[..., 1::2]                    # sums of 2 x 2 pixels
-    planes = (66 * r + 129 * g + 25 * b + 4224 >> 8, 112 * b4 - 38 * r4 - 74 * g4 + 131584 >> 10, 112 * r4 - 94 * g4 - 18 * b4 + 131584 >> 10)
+    planes = ((66 * r + 129 * g + 25 * b + 128 >> 8) + 16,
+              (112 * b4 - 38 * r4 - 74 * g4 + 512 >> 10) + 128,
+              (112 * r4 - 94 * g4 - 18 * b4 + 512 >> 10) + 128)
     return np.concatenate([p.reshape(t, -1, w) for p in planes], 1).astype(np.uint8)
 
 # %% ../nbs/01_emoji_motion.ipynb #79c20285
 def write_mp4(
     path: str | Path,
-    frames: np.ndarray,  # uint8 [T,H,W,3], H and W even
+    frames: np.ndarray,  # uint8 [T,H,W,3]; H a multiple of 4, W even
     fps: int,
 ) -> None:
     "Encode H.264 on one thread, a key frame every 12 frames. The file appears under its name only when it is whole."
@@ -516,17 +517,17 @@ def generate(
     num_clips: dict[str, int] | int = 3000,  # per split; one number is shared out, 4/6 to train, 1/6 each to val and test
     seed: int = 0,
     num_objects: int = 120,          # 8 to 440
-    image_size: int = 112,           # pixels, even
+    image_size: int = 112,           # pixels, a multiple of 4
     num_frames: int = 24,
     fps: int = 12,
     num_workers: int | None = None,  # processes; None: one per CPU, 0: this process alone
 ) -> Path:  # `root`
     """Write the data set, finish one that was cut off, or return at once if it is there.
-    A folder that holds something else (the difference is named), an unknown split, an odd image size: `ValueError`."""
+    A folder that holds something else (the difference is named), an unknown split, an image size that is no multiple of 4: `ValueError`."""
     root = Path(root)
     if isinstance(num_clips, int): num_clips = dict(train=num_clips - num_clips // 6 * 2, val=num_clips // 6, test=num_clips // 6)
     if unknown := set(num_clips) - set(SPLITS): raise ValueError(f'unknown splits {sorted(unknown)}: expected some of {SPLITS}')
-    if image_size % 2: raise ValueError(f'image_size={image_size}: H.264 wants an even number')
+    if image_size % 4: raise ValueError(f'image_size={image_size}: expected a multiple of 4')
     shape = dict(seed=seed, num_objects=num_objects, image_size=image_size, num_frames=num_frames, fps=fps)
     root.mkdir(parents=True, exist_ok=True)
     with open(root / '.lock', 'w') as lock:
