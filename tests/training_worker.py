@@ -1,0 +1,65 @@
+"""A tiny training job. Tests call `run` themselves, or start this file (plainly or with torchrun) with a JSON list of calls:
+`python training_worker.py '[{"folder": "/tmp/x", "kill_at": 7}, ...]'`. Each call writes `outcome-<rank>.json` into its folder."""
+import json, os, signal, sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from umt import training
+from umt.datasets import sample_key
+from umt.training import TrainConfig, override, train
+
+CONFIG = TrainConfig(epochs=3, batch_size=16, micro_batch_size=8, lr=.16, min_lr=.01, warmup_epochs=1, clip_grad=1., log_every=4,
+                     checkpoint_every=3)
+
+class Toy(Dataset):
+    "80 noisy samples: 5 steps an epoch, 15 in all. The samples in `poison` are NaN, those in `broken` are reported as failures."
+    def __init__(self, poison=(), broken=()): self.poison, self.broken = poison, broken
+    def __len__(self): return 80
+    def __getitem__(self, position):
+        epoch, index = position
+        x = torch.randn(8, generator=torch.Generator().manual_seed(sample_key(0, epoch, index, 'frames')))
+        if index in self.poison: x[:] = torch.nan
+        return {'x': x, 'y': x.sum(), 'sample_id': index, 'failures': [(index, f'{index}.mp4', 'broken')] if index in self.broken else []}
+
+class Net(nn.Module):
+    def __init__(self, dropout):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Dropout(dropout)) for _ in range(2))
+        self.head = nn.Linear(8, 1)
+    def forward(self, x):
+        for block in self.blocks: x = x + block(x)
+        return self.head(x)[:, 0]
+
+def run(folder, dropout=.1, kill_at=None, kill_in_save=None, term_at=None, term_rank=0, term_group=False, raise_at=None,
+        poison=(), broken=(), **changes):
+    "One call of `train`; `*_at` counts micro-batches of this process from 0: in the middle of a step where it is odd."
+    calls, files = iter(range(10**6)), iter(range(10**6))
+    def loss_fn(model, batch):
+        call, rank = next(calls), int(os.environ.get('RANK', 0))
+        if call == kill_at: os.kill(os.getpid(), signal.SIGKILL)
+        if call == term_at and rank == term_rank: os.kill(0 if term_group else os.getpid(), signal.SIGTERM)
+        if call == raise_at: raise InterruptedError
+        error = model(batch['x']).float() - batch['y']
+        return error.square().mean(), {'bias': error.mean()}
+    def deadly_sync(path, sync=training.sync_to_disk):
+        if next(files) == kill_in_save: os.kill(os.getpid(), signal.SIGKILL)
+        sync(path)
+    torch.manual_seed(0)
+    model, keep = Net(dropout), training.sync_to_disk
+    if kill_in_save is not None: training.sync_to_disk = deadly_sync
+    try: result = train(override(CONFIG, run_dir=str(folder), **changes), model, Toy(poison, broken), loss_fn)
+    finally: training.sync_to_disk = keep
+    return model, result
+
+if __name__ == '__main__':
+    for call in json.loads(sys.argv[1]):
+        again, outcome = call.pop('again', False), []
+        try: outcome.append(run(**call)[1])
+        except training.NonfiniteError as error: outcome.append(str(error))
+        except training.Preempted as stop:
+            if not again: raise
+            outcome += [stop.code, run(**{**call, 'term_at': None})[1]]
+        Path(call['folder'], f'outcome-{os.environ.get("RANK", 0)}.json').write_text(json.dumps(outcome))
