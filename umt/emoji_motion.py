@@ -52,7 +52,7 @@ class Object:
     name: str       # English, from the Unicode standard
     category: str   # one of `CATEGORIES`
     char: str       # the Unicode character
-    heldout: bool   # its name occurs in no caption of clips people train on
+    heldout: bool   # its name is in no training caption
 
 # %% ../nbs/01_emoji_motion.ipynb #fbfc7be6
 @lru_cache(maxsize=None)
@@ -162,10 +162,12 @@ def clip_spec(
     fps: int = 12,
     heldout: bool | None = None,  # True: only held-out objects, False: none, None: any
 ) -> ClipSpec:  # a pure function of the arguments
-    "Describe a clip. Category and action run through all their combinations; the rest is random and independent of both."
+    """Describe a clip. Category and action run through all their combinations; the rest is random and independent of both.
+    `heldout=True` with fewer than 56 objects, of which none is held out: `ValueError`."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     action, category = ACTIONS[index % 10], CATEGORIES[(index + index // 40) % 8]   # all 80 pairs in every 80 clips
     pool = [o for o in objects(num_objects) if o.category == category and heldout in (None, o.heldout)]
+    if not pool: raise ValueError(f'num_objects={num_objects} has no held-out object of each category: expected 56 or more')
     count = min(rng.choice([1, 2, 3], p=[.6, .3, .1]), len(pool))
     lead, *others = rng.permutation(len(pool))[:count]
     size = rng.uniform(.46, .58) + (.08 if action in ('comes closer', 'goes away') else 0)   # still the largest when far away
