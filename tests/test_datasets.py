@@ -1,0 +1,231 @@
+"Data sets with real files: workers, bad clips, order of a run, shards, manifests that somebody else wrote."
+import json, os
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from umt import emoji_motion
+from umt.datasets import (DataError, EvalSampler, ManifestError, Quarantine, StepSampler, TooManyBadClips, VideoDataset, collate, read_manifest,
+                          read_shards, write_shards)
+from umt.video import pretrain_transform
+
+N = 12
+BAD = 2, 7
+
+
+@pytest.fixture(scope='module')
+def clips(tmp_path_factory):
+    "Twelve good clips."
+    return emoji_motion.generate(tmp_path_factory.mktemp('clips')/'emoji', {'train': N}, num_objects=8, image_size=64, num_frames=12, num_workers=0)
+
+
+@pytest.fixture
+def damaged(clips, tmp_path):
+    "The same clips as links under a root of their own, two of them cut in half."
+    manifest = read_manifest(clips/'action_train.csv')
+    for i in range(N):
+        data = (clips/manifest.name(i)).read_bytes()
+        path = tmp_path/manifest.name(i)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data[:len(data)//2] if i in BAD else data)
+    return read_manifest(clips/'action_train.csv', root=tmp_path)
+
+
+def dataset(manifest, **options): return VideoDataset(manifest, 4, 'sparse', pretrain_transform(32), **options)
+def loader(data, sampler, workers=0): return DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
+def run(data, workers=0, **options): return list(loader(data, StepSampler(len(data), 4, seed=3, **{'epochs': 2, **options}), workers))
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        assert x.keys() == y.keys() and x['failures'] == y['failures']
+        assert all(torch.equal(x[k], y[k]) for k in x if k != 'failures')
+
+
+@pytest.mark.parametrize('num_sample', [1, 2])
+def test_workers_do_not_change_a_bit(damaged, num_sample):
+    data = dataset(damaged, num_sample=num_sample)
+    alone = run(data)
+    assert any(batch['failures'] for batch in alone) and len(alone[0]['video']) == 4*num_sample
+    torch.rand(3) # the global generator has no say
+    for workers in (0, 1, 2): assert_same(run(data, workers), alone)
+
+
+def test_resumed_loader_goes_on_exactly(damaged):
+    data = dataset(damaged)
+    whole = run(data, accumulate=2)
+    assert_same(run(data, workers=1, accumulate=2, start_step=3), whole[6:])
+
+
+def test_replacement_is_whole_and_deterministic(damaged):
+    data = dataset(damaged)
+    for epoch in range(3):
+        for i in BAD:
+            sample = data[epoch, i]
+            other = data[epoch, sample['sample_id']]
+            assert sample['sample_id'] not in BAD and sample['failures'][0][:2] == (i, damaged.name(i))
+            assert torch.equal(sample['video'], other['video'])
+            assert (sample['label'], sample['key'], other['failures']) == (other['label'], other['key'], [])
+            assert sample['label'] == damaged.labels[sample['sample_id']]
+    assert len({data[epoch, BAD[0]]['sample_id'] for epoch in range(6)}) > 1, 'not always the same stand-in'
+
+
+def test_quarantine_counts_each_clip_once_and_survives(damaged, tmp_path):
+    file = tmp_path/'quarantine.jsonl'
+    quarantine = Quarantine(file, N, limit=.2)
+    for batch in run(dataset(damaged)): quarantine.update(batch['failures'])
+    assert [json.loads(line)['sample_id'] for line in file.read_text().splitlines()] == list(quarantine.clips) and set(quarantine.clips) == set(BAD)
+    resumed = Quarantine(file, N, limit=.2)
+    with pytest.raises(TooManyBadClips, match='3 of 12 clips') as stop: resumed.update([(9, 'nine.mp4', 'cut off')])
+    assert all(damaged.name(i) in str(stop.value) for i in BAD) and 'nine.mp4' in str(stop.value)
+    assert len(Quarantine(file, N)) == 3
+
+
+def test_limit_stops_the_run_with_the_list(damaged, tmp_path):
+    quarantine = Quarantine(tmp_path/'q.jsonl', N) # 1 % of 12 clips: none
+    with pytest.raises(TooManyBadClips, match='train_0000'):
+        for batch in run(dataset(damaged)): quarantine.update(batch['failures'])
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_nothing_decodes_fails_at_once(tmp_path, workers):
+    (tmp_path/'list.txt').write_text(''.join(f'missing/{i}.mp4 0\n' for i in range(100)))
+    data = dataset(read_manifest(tmp_path/'list.txt'))
+    with pytest.raises(DataError, match='none of 10 clips could be decoded'): next(iter(loader(data, StepSampler(100, 4, epochs=1), workers)))
+
+
+def test_evaluation_replaces_nothing(damaged):
+    with pytest.raises(DataError, match=damaged.name(2)): dataset(damaged, tries=1)[0, 2]
+
+
+@pytest.mark.parametrize('world_size, accumulate', [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)])
+def test_steps_do_not_depend_on_the_machine(world_size, accumulate):
+    def steps(world_size, accumulate, start_step=0):
+        ranks = [list(StepSampler(27, 8, 5, r, world_size, accumulate, start_step, epochs=2)) for r in range(world_size)]
+        assert {len(r) for r in ranks} == {(6 - start_step)*accumulate} == {len(StepSampler(27, 8, 5, 0, world_size, accumulate, start_step, epochs=2))}
+        return [sorted(sum((sum(r[s*accumulate:][:accumulate], []) for r in ranks), [])) for s in range(6 - start_step)]
+    plain = steps(1, 1)
+    assert steps(world_size, accumulate) == plain
+    assert steps(world_size, accumulate, start_step=4) == plain[4:]
+    for epoch in (0, 1):
+        seen = sum(plain[3*epoch:][:3], [])
+        assert len(set(seen)) == 24 and {e for e, _ in seen} == {epoch} # no repeats; the last 3 of 27 wait for another epoch
+    assert sorted(i for _, i in sum(plain[:3], [])) != sorted(i for _, i in sum(plain[3:], []))
+
+
+def test_eval_sampler_sees_everything_once():
+    for n, size, world in [(10, 4, 3), (2, 4, 3), (9, 3, 1)]:
+        ranks = [list(EvalSampler(n, size, r, world)) for r in range(world)]
+        assert sorted(i for r in ranks for batch in r for _, i in batch) == list(range(n))
+        assert [len(r) for r in ranks] == [len(EvalSampler(n, size, r, world)) for r in range(world)]
+
+
+def test_shards_give_the_same_samples(damaged, tmp_path):
+    shards = read_shards(write_shards(damaged, tmp_path/'packed 100%', max_clips=5))
+    assert len({shards.name(i).split('/')[0] for i in range(N)}) == 3
+    for a, b in zip(run(dataset(damaged)), run(dataset(shards), workers=1), strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in a if k != 'failures') and [f[0] for f in a['failures']] == [f[0] for f in b['failures']]
+    part = shards.subset([4, 0])
+    assert torch.equal(dataset(part)[1, 0]['video'], dataset(damaged)[1, 4]['video'])
+    with pytest.raises(FileExistsError): write_shards(damaged, tmp_path/'packed 100%')
+    shard = tmp_path/'packed 100%'/'000001.tar'
+    shard.write_bytes(shard.read_bytes()[:-15_000])
+    with pytest.raises(DataError, match='000001.tar: damaged'): read_shards(tmp_path/'packed 100%')
+
+
+def test_foreign_shards(clips, tmp_path):
+    "What webdataset itself writes, in folders, with .cls labels and thumbnails."
+    import webdataset
+    manifest = read_manifest(clips/'action_train.csv')
+    with webdataset.TarWriter(str(tmp_path/'a.tar')) as tar:
+        for i in range(3):
+            video = (clips/manifest.name(i)).read_bytes()
+            tar.write({'__key__': f'k400.v1/clip {i}', 'mp4': video, 'cls': i + 5, 'thumb.jpg': b'', **({'webm.txt': 'no'} if i else {})})
+    shards = read_shards(tmp_path)
+    assert [shards.name(i) for i in range(3)] == [f'a.tar/k400.v1/clip {i}.mp4' for i in range(3)]
+    assert shards.labels.tolist() == [5, 6, 7] and shards.ids.tolist() == [0, 1, 2]
+    assert torch.equal(dataset(shards)[0, 1]['video'], dataset(manifest)[0, 1]['video'])
+
+
+@pytest.mark.parametrize('path', ['../out.mp4', 'a/../../out.mp4', '/etc/passwd', '{root}2/out.mp4', ''])
+def test_paths_stay_inside_the_root(tmp_path, path):
+    root = tmp_path/'data'
+    (tmp_path/'list.jsonl').write_text(json.dumps({'path': 'fine.mp4', 'label': 0}) + '\n' + json.dumps({'path': path.format(root=root), 'label': 0}))
+    with pytest.raises(ManifestError) as e: read_manifest(tmp_path/'list.jsonl', root=root)
+    assert [line for line, _ in e.value.rows] == [2]
+
+
+def test_links_stay_inside_the_root(clips, tmp_path):
+    manifest = read_manifest(clips/'action_train.csv')
+    (tmp_path/'in.mp4').write_bytes((clips/manifest.name(0)).read_bytes())
+    (tmp_path/'alias.mp4').symlink_to('in.mp4')
+    (tmp_path/'out.mp4').symlink_to(clips/manifest.name(0))
+    (tmp_path/'folder').symlink_to(clips/'videos')
+    (tmp_path/'list.csv').write_text('alias.mp4 0\nout.mp4 0\nfolder/train/train_000000.mp4 0\n')
+    data = dataset(read_manifest(tmp_path/'list.csv'))
+    assert data[0, 0]['failures'] == []
+    for i in (1, 2):
+        with pytest.raises(ValueError, match='outside the root'): data[0, i]
+    # The root itself may be a link, and absolute paths may use either name.
+    (tmp_path/'root').symlink_to(clips)
+    for name in (clips, tmp_path/'root'):
+        (tmp_path/'absolute.txt').write_text(f'{name/manifest.name(0)} 1\n')
+        assert dataset(read_manifest(tmp_path/'absolute.txt', root=tmp_path/'root'))[0, 0]['failures'] == []
+
+
+ROWS = [('a b/my clip.mp4', 3), ('c,d.mp4', 0), ('e', 709)]
+
+
+@pytest.mark.parametrize('name, text', [
+    ('comma.csv', 'a b/my clip.mp4,3\nc,d.mp4,0\n\ne,709\n'),
+    ('space.csv', 'a b/my clip.mp4 3\r\nc,d.mp4 0\r\ne 709'),
+    ('tab.txt', 'a b/my clip.mp4\t3\nc,d.mp4\t0\ne\t709\n'),
+    ('bom.list', '\ufeffa b/my clip.mp4, 3\nc,d.mp4, 0\ne, 709\n'),
+    ('header.csv', 'label,path,split\n3,a b/my clip.mp4,x\n0,"c,d.mp4",y\n709,e,z\n'),
+    ('rows.jsonl', ''.join(json.dumps(dict(path=p, label=l)) + '\n' for p, l in ROWS)),
+    ('rows.json', json.dumps([dict(path=p, label=str(l)) for p, l in ROWS], indent=2)),
+])
+def test_every_format_reads_the_same(tmp_path, name, text):
+    (tmp_path/name).write_bytes(text.encode())
+    manifest = read_manifest(tmp_path/name, first_id=100)
+    assert [(manifest.name(i), int(manifest.labels[i])) for i in range(3)] == ROWS
+    assert manifest.ids.tolist() == [100, 101, 102]
+    with manifest.file(2) as path: assert path == str(tmp_path/'e.mp4')
+    if name == 'header.csv': assert manifest.columns['split'].to_pylist() == ['x', 'y', 'z']
+
+
+def test_parquet_and_other_column_names(tmp_path):
+    pd.DataFrame({'video': [p for p, _ in ROWS], 'class': np.int32([l for _, l in ROWS]), 'caption': [['a', 'b'], [], ['c']]}).to_parquet(tmp_path/'x.parquet')
+    manifest = read_manifest(tmp_path/'x.parquet', path='video', label='class')
+    assert [(manifest.name(i), int(manifest.labels[i])) for i in range(3)] == ROWS
+    assert manifest.columns['caption'].to_pylist() == [['a', 'b'], [], ['c']]
+    with pytest.raises(ManifestError, match="no 'path'"): read_manifest(tmp_path/'x.parquet')
+    (tmp_path/'raw.txt').write_text('my folder/x 120 4\n')
+    raw = read_manifest(tmp_path/'raw.txt', columns=['path', 'frames', 'label'])
+    assert (raw.name(0), raw.labels[0], raw.columns['frames'][0].as_py()) == ('my folder/x', 4, '120')
+
+
+@pytest.mark.parametrize('name, text, lines', [
+    ('list.csv', 'a.mp4 1\nb.mp4\n\nc.mp4 x\nd.mp4 1.5\ne.mp4 2\n../f.mp4 3\n', [2, 4, 5, 7]),
+    ('comma.csv', 'a.mp4,1\nb.mp4 2\nc.mp4,\n,3\n', [2, 3, 4]),
+    ('header.csv', 'path,label\na.mp4,1\nb.mp4\nc.mp4,2,3\n"d\n.mp4",x\n', [3, 4, 6]),
+    ('rows.jsonl', '{"path": "a.mp4", "label": 1}\n{"path": 5, "label": 1}\n{"path": "b.mp4", "label": true}\nnope\n"text"\n{"label": 1}', [2, 3, 4, 5, 6]),
+    ('rows.json', '[\n {"path": "a.mp4",\n  "label": 1},\n {"path": "b.mp4"}, 7,\n\n {"path": "../c.mp4", "label": 2}]', [4, 4, 6]),
+    ('cut.json', '[\n {"path": "a.mp4", "label": 1},\n {"path": ', [3]),
+    ('latin.csv', 'a.mp4 1\ncaf\udce9.mp4 2\n', [2]),
+    ('empty.csv', '\n\n', [1]),
+])
+def test_every_malformed_row_is_listed(tmp_path, name, text, lines):
+    (tmp_path/name).write_bytes(text.encode(errors='surrogateescape'))
+    with pytest.raises(ManifestError) as e: read_manifest(tmp_path/name)
+    assert [line for line, _ in e.value.rows] == lines
+    assert all(f'line {line}:' in str(e.value) for line in lines) and str(tmp_path/name) in str(e.value)
+
+
+def test_very_long_complaints_are_cut_but_complete_in_rows(tmp_path):
+    (tmp_path/'all.csv').write_text('x.mp4\n'*1000)
+    with pytest.raises(ManifestError, match='1000 malformed rows') as e: read_manifest(tmp_path/'all.csv')
+    assert len(e.value.rows) == 1000 and len(str(e.value)) < 10_000 and 'and 950 more' in str(e.value)
