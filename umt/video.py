@@ -11,8 +11,8 @@ __all__ = ['BACKENDS', 'SAMPLING', 'IMAGENET_MEAN', 'IMAGENET_STD', 'CLIP_MEAN',
            'pretrain_transform', 'eval_transform', 'denormalize', 'show_frames']
 
 # %% ../nbs/00_video.ipynb #ff9504ea
+import os, re, stat
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Callable, NamedTuple
 
 import av
@@ -44,75 +44,89 @@ class VideoInfo(NamedTuple):
     path: str # the file
     length: int # number of frames that are shown
     fps: float # average frames per second
-    height: int # pixels
-    width: int # pixels
+    height: int # pixels, as stored (a phone held upright may store its video lying)
+    width: int # pixels, as stored
     codec: str # codec name, as FFmpeg says it
 
 # %% ../nbs/00_video.ipynb #2bff8bd4
 def _open(path):
     "The container and its main video stream, or the `VideoError` that says why not"
-    file = Path(path)
-    if not file.exists(): raise MissingVideo(path, 'no such file')
-    if not file.is_file(): raise UnreadableVideo(path, 'not a file')
-    if file.stat().st_size == 0: raise EmptyVideo(path, 'the file has no bytes')
-    try: container = av.open(str(path))
+    try: status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as e: raise MissingVideo(path, 'no such file') from e
+    if not stat.S_ISREG(status.st_mode): raise UnreadableVideo(path, 'not a file')
+    if status.st_size == 0: raise EmptyVideo(path, 'the file has no bytes')
+    try: container = av.open(str(path), metadata_errors='replace') # titles need not be UTF-8
     except av.FFmpegError as e: raise UnreadableVideo(path, f'cannot be opened as a video ({e.strerror})') from e
-    if container.format.name == 'image2' or container.format.name.endswith('_pipe') or container.format.name == 'tty':
-        container.close()
-        raise UnreadableVideo(path, f'not a video but {container.format.name}')
-    cover = av.stream.Disposition.attached_pic
+    kind = container.format.name
+    cover = av.stream.Disposition.attached_pic # the picture of a song's album is no video
     stream = next((s for s in container.streams.video if not s.disposition & cover), None)
-    if stream is None:
-        container.close()
-        raise NoVideoStream(path, f'no video stream among {[s.type for s in container.streams]}')
-    return container, stream
+    if stream is None: error = NoVideoStream(path, f'no video among its streams {[s.type for s in container.streams]}')
+    elif kind in ('image2', 'tty') or kind.endswith('_pipe'): error = UnreadableVideo(path, f'not a video but {kind}')
+    elif stream.codec_context is None: error = UnreadableVideo(path, 'FFmpeg does not know its codec')
+    else: return container, stream
+    container.close()
+    raise error
 
 # %% ../nbs/00_video.ipynb #c40777d4
-def _check_complete(path, container, stream, packets):
-    "Raises `TruncatedVideo` if `packets` are fewer than the container announces"
-    if any(p.is_corrupt for p in packets): raise TruncatedVideo(path, 'a packet is cut off or damaged')
-    if 'mp4' in container.format.name and stream.frames:
-        if len(packets) < stream.frames: raise TruncatedVideo(path, f'{stream.frames} frames announced, {len(packets)} found')
-        return
-    announced = stream.duration and float(stream.duration*stream.time_base)
-    if 'DURATION' in stream.metadata: # Matroska, WebM: 'HH:MM:SS.fraction'
-        h, m, s = stream.metadata['DURATION'].split(':')
-        announced = int(h)*3600 + int(m)*60 + float(s)
-    elif announced is None and len(container.streams) == 1 and container.duration: announced = container.duration/av.time_base
-    times = [(p.pts, p.duration or 0) for p in packets if p.pts is not None]
-    if not announced or not times or not stream.average_rate: return
-    found = float((max(t + d for t, d in times) - min(t for t, _ in times))*stream.time_base)
-    if announced - found > max(2/stream.average_rate, 0.05*announced):
-        raise TruncatedVideo(path, f'{announced:.2f} s announced, {found:.2f} s found')
+def _announced_seconds(container, stream):
+    "The duration that the file states for its video stream, or None"
+    if stream.duration: return float(stream.duration*stream.time_base)
+    if tag := re.fullmatch(r'(\d+):(\d+):(\d+\.?\d*)', stream.metadata.get('DURATION', '')): # Matroska, WebM
+        return int(tag[1])*3600 + int(tag[2])*60 + float(tag[3])
+    if len(container.streams) == 1 and container.duration: return container.duration/av.time_base
 
 # %% ../nbs/00_video.ipynb #7910570d
+def _check_complete(path, container, stream, num_packets, seconds, damaged):
+    "Raises a `VideoError` if the packets that are there are fewer than announced, or their times absurd"
+    exact = stream.frames if 'mp4' in container.format.name else 0
+    if exact > num_packets or (exact and damaged): raise TruncatedVideo(path, f'{exact} frames announced, {num_packets - damaged} found')
+    if damaged: raise TruncatedVideo(path, f'{damaged} of {num_packets} packets cut off or damaged')
+    if seconds > 1e6: raise UnreadableVideo(path, f'damaged (time stamps {seconds:.0f} s apart)') # decord would abort the process
+    announced = _announced_seconds(container, stream)
+    if not announced or not stream.average_rate: return
+    if announced - seconds > max(2/stream.average_rate, (.5 if exact else .05)*announced):
+        raise TruncatedVideo(path, f'{announced:.2f} s announced, {seconds:.2f} s found')
+
+# %% ../nbs/00_video.ipynb #5fc247b9
 def probe(
     path, # video file
 ) -> VideoInfo: # its exact number of frames, rate and size
     "Counts the frames of a file by walking over its packets; raises a `VideoError` if it is not a complete video"
     container, stream = _open(path)
+    num_packets = hidden = damaged = 0
+    begins, ends = [], []
     with container:
-        try: packets = [p for p in container.demux(stream) if p.size]
-        except av.FFmpegError as e: raise UnreadableVideo(path, f'damaged ({e.strerror})') from e
-        length = sum(not p.is_discard for p in packets)
-        _check_complete(path, container, stream, packets)
-        if length == 0: raise EmptyVideo(path, 'the video stream has no frames')
-        return VideoInfo(str(path), length, float(stream.average_rate or 0), stream.height, stream.width, stream.codec.name)
+        try:
+            for packet in container.demux(stream):
+                if not packet.size: continue
+                num_packets, hidden, damaged = num_packets + 1, hidden + packet.is_discard, damaged + packet.is_corrupt
+                if packet.pts is not None: begins.append(packet.pts); ends.append(packet.pts + (packet.duration or 0))
+        except (av.FFmpegError, IndexError) as e: raise UnreadableVideo(path, f'damaged ({e})') from e # IndexError: a TS stream vanished
+        seconds = float((max(ends) - min(begins))*stream.time_base) if ends else 0.
+        _check_complete(path, container, stream, num_packets, seconds, damaged)
+        if num_packets == hidden: raise EmptyVideo(path, 'the video stream has no frames')
+        return VideoInfo(str(path), num_packets - hidden, float(stream.average_rate or 0), stream.height, stream.width, stream.codec.name)
 
 # %% ../nbs/00_video.ipynb #1bf7c3a6
+def _check_count(info, backend, length):
+    "Raises if a backend sees other frames than `probe`, since its indices would then mean other pictures"
+    if length != info.length: raise UnreadableVideo(info.path, f'{backend} counts {length} frames instead of {info.length}')
+
+# %% ../nbs/00_video.ipynb #c30cd631
 def _decord(info, indices, num_threads):
     import decord
     decord.logging.set_level(decord.logging.QUIET)
     try:
         reader = decord.VideoReader(info.path, num_threads=num_threads)
-        if len(reader) != info.length: raise UnreadableVideo(info.path, f'decord counts {len(reader)} frames instead of {info.length}')
+        _check_count(info, 'decord', len(reader))
         frames = reader.get_batch(indices).asnumpy()
+    except VideoError: raise
     except (decord.DECORDError, RuntimeError, IndexError) as e:
-        if isinstance(e, VideoError): raise
-        raise UnreadableVideo(info.path, f'decord: {str(e).strip().splitlines()[-1]}') from e
+        reason = re.sub(r'\[[\d:]+\] \S+:\d+: ', '', str(e).strip().splitlines()[0]) # without decord's clock and source line
+        raise UnreadableVideo(info.path, f'decord: {reason}') from e
     return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
-# %% ../nbs/00_video.ipynb #c30cd631
+# %% ../nbs/00_video.ipynb #d3279889
 def _pyav(info, indices, num_threads):
     container, stream = _open(info.path)
     wanted, frames = set(indices), []
@@ -120,22 +134,23 @@ def _pyav(info, indices, num_threads):
         stream.codec_context.thread_count = num_threads
         try:
             for i, frame in enumerate(container.decode(stream)):
-                if i in wanted: frames.append(torch.from_numpy(frame.to_ndarray(format='rgb24')))
-                if i >= indices[-1]: break
+                turns = 0 if frame.rotation % 90 else frame.rotation//90 # quarter turns; other angles are left as they are
+                if i in wanted: frames.append(np.rot90(frame.to_ndarray(format='rgb24'), turns))
+                if i == indices[-1]: break
         except av.FFmpegError as e: raise UnreadableVideo(info.path, f'pyav: {e.strerror}') from e
-    if len(frames) < len(indices): raise TruncatedVideo(info.path, f'{info.length} frames announced, decoding ended after {i + 1}')
-    return torch.stack(frames).permute(0, 3, 1, 2)
+    if len(frames) < len(indices): raise TruncatedVideo(info.path, f'{len(indices)} of {info.length} frames wanted, {len(frames)} decoded')
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
-# %% ../nbs/00_video.ipynb #d3279889
+# %% ../nbs/00_video.ipynb #f8261540
 def _torchcodec(info, indices, num_threads):
     from torchcodec.decoders import VideoDecoder
     try:
         decoder = VideoDecoder(info.path, num_ffmpeg_threads=num_threads)
-        if len(decoder) != info.length: raise UnreadableVideo(info.path, f'torchcodec counts {len(decoder)} frames instead of {info.length}')
+        _check_count(info, 'torchcodec', len(decoder))
         return decoder.get_frames_at(indices).data
+    except VideoError: raise
     except (RuntimeError, ValueError, IndexError) as e:
-        if isinstance(e, VideoError): raise
-        raise UnreadableVideo(info.path, f'torchcodec: {e}') from e
+        raise UnreadableVideo(info.path, f'torchcodec: {str(e).strip().splitlines()[0]}') from e
 
 # %% ../nbs/00_video.ipynb #cb451bdf
 def _auto(info, indices, num_threads):
@@ -162,8 +177,6 @@ def read_frames(
         raise IndexError(f'{path}: indices {indices.min()}..{indices.max()} of a video with {info.length} frames')
     unique, inverse = np.unique(indices, return_inverse=True)
     frames = BACKENDS[backend](info, unique.tolist(), num_threads)
-    if frames.shape != (len(unique), 3, info.height, info.width):
-        raise UnreadableVideo(path, f'{backend} returned {tuple(frames.shape)} for {len(unique)} frames of {info.height}x{info.width}')
     return frames if np.array_equal(unique, indices) else frames[torch.from_numpy(inverse)]
 
 # %% ../nbs/00_video.ipynb #059cade5
@@ -251,6 +264,7 @@ def kinetics_dense_val(
     "Kinetics dense validation: as training, but the window is centred"
     return _spread(max(length - num_frames*step, 0)//2, length, num_frames, step)
 
+# %% ../nbs/00_video.ipynb #096dfbe3
 def kinetics_dense_test(
     length: int, # frames in the video
     num_frames: int, # frames wanted
@@ -274,6 +288,7 @@ def ssv2_test(
     _check_clip(clip, num_clips)
     return [int(length/num_frames*(i + clip/num_clips)) for i in range(num_frames)]
 
+# %% ../nbs/00_video.ipynb #e3c9244a
 def ssv2_val(
     length: int, # frames in the video
     num_frames: int, # frames wanted
@@ -281,6 +296,7 @@ def ssv2_val(
     "SSV2 validation: the middle of every segment"
     return ssv2_test(length, num_frames, clip=1, num_clips=2)
 
+# %% ../nbs/00_video.ipynb #f8d58701
 def ssv2_raw_val(
     length: int, # frames in the folder
     num_frames: int, # frames wanted
@@ -307,6 +323,7 @@ def rand_indices(
     if all(a < b for a, b in intervals): return _pad([_randint(a, b, 1, generator)[0] for a, b in intervals], num_frames)
     return _pad(sorted(torch.randperm(length, generator=generator)[:num_frames].tolist()), num_frames)
 
+# %% ../nbs/00_video.ipynb #57c50599
 def middle_indices(
     length: int, # frames in the video
     num_frames: int, # frames wanted
@@ -353,6 +370,7 @@ def crop_shapes(
     sides = [size if abs(int(base*s) - size) < 3 else int(base*s) for s in scales]
     return [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
 
+# %% ../nbs/00_video.ipynb #26f4cac2
 def crop_places(
     height: int, # of the video
     width: int, # of the video
@@ -382,7 +400,7 @@ class MultiScaleCrop(v2.Transform):
         return dict(top=top, left=left, height=h, width=w)
 
     def transform(self, inpt, params):
-        return self._call_kernel(v2.functional.resized_crop, inpt, **params, size=[self.size]*2, antialias=True)
+        return v2.functional.resized_crop(inpt, **params, size=[self.size]*2, antialias=True)
 
 # %% ../nbs/00_video.ipynb #e8dd4d9a
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -404,6 +422,7 @@ def pretrain_transform(
     "Stage 1's augmentation: multi-scale crop, flip, normalise"
     return v2.Compose([MultiScaleCrop(size), *[v2.RandomHorizontalFlip()]*flip, *_to_video(mean, std)])
 
+# %% ../nbs/00_video.ipynb #024de0cc
 def eval_transform(
     size: int = 224, # side of the result, pixels
     mean: tuple[float, ...] = IMAGENET_MEAN, # per channel, of values in 0..1
@@ -412,7 +431,7 @@ def eval_transform(
     "Resize the short side, crop the centre, normalise; nothing random"
     return v2.Compose([v2.Resize(size, antialias=False), v2.CenterCrop(size), *_to_video(mean, std)])
 
-# %% ../nbs/00_video.ipynb #024de0cc
+# %% ../nbs/00_video.ipynb #9ff504f4
 def denormalize(
     video: torch.Tensor, # float [..., 3, T, H, W], normalised
     mean: tuple[float, ...] = IMAGENET_MEAN, # the statistics it was normalised with
@@ -422,10 +441,11 @@ def denormalize(
     mean, std = (torch.tensor(v, dtype=video.dtype, device=video.device).view(3, 1, 1, 1) for v in (mean, std))
     return (video*std + mean).clamp(0, 1)
 
+# %% ../nbs/00_video.ipynb #02552175
 def show_frames(
     frames: torch.Tensor, # uint8 [T,3,H,W] as read, or normalised float [3,T,H,W]
     titles: list[str] | None = None, # one per frame
-    height: float = 1.2, # of the strip, inches
+    height: float = .9, # of the strip, inches
     mean: tuple[float, ...] = IMAGENET_MEAN, # the statistics of a float clip
     std: tuple[float, ...] = IMAGENET_STD, # per channel
 ): # matplotlib axes, one per frame
