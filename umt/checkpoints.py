@@ -58,12 +58,11 @@ class LoadReport:
     def complete(self) -> bool: return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self):
-        def line(kind):
+        def line(kind, shown):
             names = getattr(self, kind)
-            shown = ', '.join(names[:6]) + (', ...' if len(names) > 6 else '')
-            return f'  {kind:<12} {len(names):4}  {"" if kind == "loaded" else shown}'.rstrip()
-        kinds = ('loaded', 'renamed', 'interpolated', 'missing', 'unexpected', 'mismatched')
-        return '\n'.join([f'{self.path} -> {self.model}', *map(line, kinds)])
+            return f'  {kind:<12} {len(names):4}  {", ".join(names[:shown])}{", ..." if len(names) > shown > 0 else ""}'.rstrip()
+        kinds = dict(loaded=0, renamed=2, interpolated=1, missing=20, unexpected=20, mismatched=20)
+        return '\n'.join([f'{self.path} -> {self.model}', *(line(kind, shown) for kind, shown in kinds.items())])
 
 # %% ../nbs/07_checkpoints.ipynb #73d4487e
 def published_names(
@@ -135,7 +134,7 @@ def encoder_sizes(
     embed_dim, _, tubelet_size, patch_size, _ = state[key].shape
     depth = len({name.removeprefix(prefix).split('.')[1] for name in state if name.startswith(f'{prefix}blocks.')})
     num_heads = num_heads or {size['embed_dim']: size['num_heads'] for size in SIZES.values()}.get(embed_dim)
-    if num_heads is None: raise WeightsError(f'{path}: the number of heads at width {embed_dim} cannot be read from weights, pass num_heads')
+    if num_heads is None: raise WeightsError(f'{path}: cannot tell the number of heads at width {embed_dim}, pass num_heads')
     return dict(patch_size=patch_size, tubelet_size=tubelet_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
 
 # %% ../nbs/07_checkpoints.ipynb #6907fbe8
@@ -189,13 +188,13 @@ def load_recognizer(
     table = state.pop('pos_embed', None)
     stored = PUBLISHED_GRID if table is None else grid_of_table(table[0].float())
     if stored is None and None in (image_size, num_frames):
-        raise WeightsError(f'{path}: pos_embed {list(table.shape)} fits no grid of the published pre-training, pass image_size and num_frames')
+        raise WeightsError(f'{path}: pos_embed {list(table.shape)} fits no grid of the published positions, pass image_size and num_frames')
     sizes |= dict(image_size=image_size or stored[1] * sizes['patch_size'], num_frames=num_frames or stored[0] * sizes['tubelet_size'])
     model = Recognizer(len(state['head.weight']), base_grid=PUBLISHED_GRID, **sizes, **encoder)
     grid = model.encoder.grid
     if table is not None:
         stored = stored or grid
-        if prod(stored) != table.shape[1]: raise WeightsError(f'{path}: pos_embed has {table.shape[1]} tokens, {stored} needs {prod(stored)}')
+        if prod(stored) != table.shape[1]: raise WeightsError(f'{path}: pos_embed has {table.shape[1]} tokens, not those of {stored}')
         state['pos_embed'] = resize_positions(table[0].float(), stored, grid)
         keep_positions(model, state['pos_embed'])
     interpolated = () if grid == stored else (f'positions {stored} -> {grid}',)

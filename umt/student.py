@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LayerNorm', 'SIZES', 'sinusoid_table', 'resize_positions', 'position_table', 'visible_index', 'gather_patches',
-           'Attention', 'PatchEmbed', 'init_linear', 'same_frame', 'VideoTransformer', 'AlignmentHeads', 'Student',
-           'Recognizer', 'recognizer_from']
+           'Attention', 'PatchEmbed', 'init_linear', 'same_frame', 'token_grid', 'VideoTransformer', 'AlignmentHead',
+           'Student', 'Recognizer', 'recognizer_from']
 
 # %% ../nbs/05_student.ipynb #6941f353
 from functools import partial
@@ -82,7 +82,9 @@ def gather_patches(
 # %% ../nbs/05_student.ipynb #9426c574
 class Attention(EvaAttention):
     "timm's attention without a key bias, with the signature that timm's `Block` expects of its `attn_layer`"
-    def __init__(self, dim, num_heads, proj_bias=True, **kwargs): super().__init__(dim, num_heads, **kwargs)
+    def __init__(self, dim, num_heads, proj_bias=True, **kwargs):
+        assert proj_bias, 'EvaAttention always has one'
+        super().__init__(dim, num_heads, **kwargs)
 
 # %% ../nbs/05_student.ipynb #f7b7aa9e
 class PatchEmbed(nn.Module):
@@ -116,6 +118,18 @@ def same_frame(
     frame = index // tokens_per_frame
     return (frame[:, None, :, None] == frame[:, None, None, :])
 
+# %% ../nbs/05_student.ipynb #b8fc56b0
+def token_grid(
+    num_frames: int, # frames per clip
+    tubelet_size: int, # frames per patch
+    image_size: int, # pixels per side of a frame
+    patch_size: int, # pixels per side of a patch
+) -> tuple[int, int, int]: # tokens over (time, rows, columns)
+    "How a clip is cut into tokens. Raises ValueError if it does not come out even"
+    if num_frames % tubelet_size: raise ValueError(f'{num_frames=} is no multiple of {tubelet_size=}')
+    if image_size % patch_size: raise ValueError(f'{image_size=} is no multiple of {patch_size=}')
+    return num_frames // tubelet_size, image_size // patch_size, image_size // patch_size
+
 # %% ../nbs/05_student.ipynb #1c42ee2a
 class VideoTransformer(nn.Module):
     "Plain video ViT: patches, fixed positions, pre-norm blocks; no class token. Raises ValueError for sizes that do not fit"
@@ -133,22 +147,22 @@ class VideoTransformer(nn.Module):
         base_grid: tuple[int, int, int] | None = None, # grid of the pre-training, where this one differs (`position_table`)
         final_norm: bool = True, # LayerNorm on the outputs
     ):
-        self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
         super().__init__()
-        if image_size % patch_size: raise ValueError(f'{image_size=} is no multiple of {patch_size=}')
-        if num_frames % tubelet_size: raise ValueError(f'{num_frames=} is no multiple of {tubelet_size=}')
+        self.config = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
         if attention not in ('joint', 'spatial'): raise ValueError(f"attention must be 'joint' or 'spatial', got {attention!r}")
-        self.grid = (num_frames // tubelet_size, image_size // patch_size, image_size // patch_size)
+        self.grid = token_grid(num_frames, tubelet_size, image_size, patch_size)
         self.patch_embed = PatchEmbed(tubelet_size, patch_size, embed_dim)
         self.register_buffer('positions', position_table(self.grid, embed_dim, base_grid), persistent=False)
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, qkv_bias=True, drop_path=drop_path * i / max(depth - 1, 1), norm_layer=LayerNorm, attn_layer=Attention)
-            for i in range(depth))
+        block = partial(Block, embed_dim, num_heads, qkv_bias=True, norm_layer=LayerNorm, attn_layer=Attention)
+        self.blocks = nn.ModuleList(block(drop_path=drop_path * i / max(depth - 1, 1)) for i in range(depth))
         self.norm = LayerNorm(embed_dim) if final_norm else nn.Identity()
         self.apply(init_linear)
 
-    def forward(self, video, index=None, num_layers=1):
-        "video [B, 3, T, H, W], index int64 [B, n] (None = all tokens) -> [num_layers, B, n, embed_dim]"
+    def forward(self,
+        video: torch.Tensor, # [B, 3, T, H, W]
+        index: torch.Tensor | None = None, # int64 [B, n], the tokens to look at; None = all
+        num_layers: int = 1, # how many of the last layers to return
+    ) -> torch.Tensor: # [num_layers, B, n, embed_dim], shallow to deep
         expected = (3, self.config['num_frames'], self.config['image_size'], self.config['image_size'])
         if tuple(video.shape[1:]) != expected: raise ValueError(f'video must be [B, *{expected}], got {list(video.shape)}')
         x = self.patch_embed(video, index)
@@ -163,18 +177,15 @@ class VideoTransformer(nn.Module):
         return self.norm(torch.stack(outputs))
 
 # %% ../nbs/05_student.ipynb #893b9418
-class AlignmentHeads(nn.ModuleList):
-    "A linear layer and a LayerNorm per aligned layer, evaluated together"
-    def __init__(self, num_layers, dim, target_dim):
-        super().__init__(nn.ModuleDict(dict(head=nn.Linear(dim, target_dim), norm=LayerNorm(target_dim))) for _ in range(num_layers))
+class AlignmentHead(nn.Module):
+    "From the student's width to the teacher's: linear, LayerNorm, unit length in float32"
+    def __init__(self, dim, target_dim):
+        super().__init__()
+        self.head = nn.Linear(dim, target_dim)
+        self.norm = LayerNorm(target_dim)
         self.apply(init_linear)
 
-    def forward(self, x):
-        "x [K, B, n, dim] -> unit vectors [K, B, n, target_dim]"
-        def stacked(part, name): return torch.stack([getattr(layer[part], name) for layer in self])[:, None]
-        y = torch.baddbmm(stacked('head', 'bias'), x.flatten(1, 2), stacked('head', 'weight')[:, 0].mT)
-        y = F.layer_norm(y, y.shape[-1:], eps=LayerNorm.keywords['eps']).float() * stacked('norm', 'weight') + stacked('norm', 'bias')
-        return F.normalize(y, dim=-1).unflatten(1, x.shape[1:3])
+    def forward(self, x): return F.normalize(self.norm(self.head(x)).float(), dim=-1)
 
 # %% ../nbs/05_student.ipynb #06083951
 class Student(nn.Module):
@@ -186,16 +197,19 @@ class Student(nn.Module):
     ):
         super().__init__()
         self.encoder = VideoTransformer(**encoder)
-        if aligned_layers > len(self.encoder.blocks): raise ValueError(f'{aligned_layers=}, but there are {len(self.encoder.blocks)} blocks')
-        self.alignment_heads = AlignmentHeads(aligned_layers, self.encoder.config['embed_dim'], target_dim)
         self.config = dict(aligned_layers=aligned_layers, target_dim=target_dim, **self.encoder.config)
+        if aligned_layers > self.config['depth']: raise ValueError(f"{aligned_layers=}, but there are {self.config['depth']} blocks")
+        self.alignment_heads = nn.ModuleList(AlignmentHead(self.config['embed_dim'], target_dim) for _ in range(aligned_layers))
 
-    def forward(self, video, mask=None, num_visible=None):
-        "video [B, 3, T, H, W], mask bool [B, N] (True = masked, None = all visible) -> unit vectors [K, B, visible, target_dim]"
+    def forward(self,
+        video: torch.Tensor, # [B, 3, T, H, W]
+        mask: torch.Tensor | None = None, # bool [B, N], True = masked; None = all visible
+        num_visible: int | None = None, # visible tokens per clip, if known (see `visible_index`)
+    ) -> torch.Tensor: # unit vectors [K, B, visible, target_dim], shallow to deep
         index = None if mask is None else visible_index(mask, num_visible)
         x = self.encoder(video, index, num_layers=len(self.alignment_heads))
         position = self.encoder.positions if index is None else self.encoder.positions[index]
-        return self.alignment_heads(x + position.to(x.dtype))
+        return torch.stack([head(y) for head, y in zip(self.alignment_heads, x + position.to(x.dtype))])
 
 # %% ../nbs/05_student.ipynb #ad6de42f
 SIZES = dict(
@@ -221,12 +235,14 @@ class Recognizer(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=.02 * init_scale, a=-2 * init_scale, b=2 * init_scale)
         nn.init.zeros_(self.head.bias)
 
-    def features(self, video):
-        "video [B, 3, T, H, W] -> [B, embed_dim]"
+    def features(self,
+        video: torch.Tensor, # [B, 3, T, H, W]
+    ) -> torch.Tensor: # [B, embed_dim]
         return self.fc_norm(self.encoder(video)[0].mean(1))
 
-    def forward(self, video):
-        "video [B, 3, T, H, W] -> logits [B, num_classes]"
+    def forward(self,
+        video: torch.Tensor, # [B, 3, T, H, W]
+    ) -> torch.Tensor: # logits [B, num_classes]
         return self.head(self.features(video))
 
     def group_matcher(self, coarse=False):
