@@ -16,10 +16,11 @@ from typing import Callable, NamedTuple
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN as CLIP_MEAN, OPENAI_DATASET_STD as CLIP_STD
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from .video import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 
 # %% ../nbs/04_teacher.ipynb #ce905ac2
 def read_visual(
@@ -42,8 +43,10 @@ def build_visual(
     layers = len({k.split('.')[2] for k in state if k.startswith('transformer.resblocks.')})
     grid = math.isqrt(len(state['positional_embedding']) - 1)
     mlp_ratio = len(state['transformer.resblocks.0.mlp.c_fc.weight']) / width
-    visual = VisionTransformer(grid * patch, patch, width, layers, width // 64, mlp_ratio, output_dim=state['proj'].shape[1], act_layer=QuickGELU)
-    visual.load_state_dict(state)
+    with torch.device('meta'): # shapes only: no time spent on numbers that are replaced at once
+        visual = VisionTransformer(
+            grid * patch, patch, width, layers, width // 64, mlp_ratio, output_dim=state['proj'].shape[1], act_layer=QuickGELU)
+    visual.load_state_dict(state, assign=True)
     return visual
 
 # %% ../nbs/04_teacher.ipynb #1c5e9260
@@ -239,8 +242,10 @@ def load_teacher(
     dtype: torch.dtype = torch.float32, # bfloat16 or float16: autocast
 ) -> Teacher: # on the CPU, frozen, in eval mode
     "A CLIP as teacher; `ValueError` or `FileNotFoundError` if there are no such weights"
+    path = NANO if name_or_path == 'nano' else Path(name_or_path)
     if name_or_path in open_clip.list_models(): visual = open_clip_visual(name_or_path, pretrained)
-    else: visual = build_visual(read_visual(NANO if name_or_path == 'nano' else name_or_path))
+    elif path.is_file(): visual = build_visual(read_visual(path))
+    else: raise FileNotFoundError(f"{name_or_path}: neither 'nano', nor a file, nor one of open_clip.list_models()")
     if image_size is not None:
         patch = visual.patch_size[0]
         if image_size % patch: raise ValueError(f'image_size={image_size} is no multiple of the patch size {patch}')
