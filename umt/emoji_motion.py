@@ -398,7 +398,8 @@ def write_mp4(
     path = Path(path)
     partial = path.with_name(f'.{path.name}.{os.getpid()}')
     with av.open(str(partial), 'w', format='mp4') as file:
-        stream = file.add_stream('libx264', rate=fps, options=dict(preset='veryfast', crf='18', g='12', bf='0', threads='1'))
+        options = {'preset': 'veryfast', 'crf': '18', 'g': '12', 'bf': '0', 'threads': '1', 'x264-params': 'mbtree=0:cpu-independent=1'}
+        stream = file.add_stream('libx264', rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
         for planes in _yuv420(frames): file.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format='yuv420p')))
         file.mux(stream.encode())
