@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED_GRID', 'WeightsError', 'read_state_dict', 'LoadReport', 'published_names', 'load_strictly', 'to_published',
            'save_published', 'encoder_sizes', 'load_student', 'grid_of_table', 'keep_positions', 'load_recognizer',
-           'save_model', 'load_model']
+           'save_config', 'save_model', 'load_model']
 
 # %% ../nbs/07_checkpoints.ipynb #f44546f6
 import json
@@ -30,6 +30,7 @@ def read_state_dict(
     path: str | Path, # `.safetensors`, or a PyTorch file
 ) -> dict[str, torch.Tensor]: # the tensors, on the CPU
     "The state dict in a file, bare or under `model` or `module`. Raises WeightsError if there is none or the file is damaged"
+    if Path(path).is_dir(): raise WeightsError(f'{path}: a folder, not a file of the reference; load_model reads our own')
     try:
         if Path(path).suffix == '.safetensors': state = load_file(path)
         else:
@@ -185,8 +186,8 @@ def load_recognizer(
     state = read_state_dict(path)
     sizes = encoder_sizes(state, '', num_heads, path)
     if 'head.weight' not in state: raise WeightsError(f"{path}: no 'head.weight', so not a fine-tuned recogniser")
-    table = state.pop('pos_embed', None)
-    stored = PUBLISHED_GRID if table is None else grid_of_table(table[0].float())
+    table = state.pop('pos_embed').flatten(0, -2).float() if 'pos_embed' in state else None
+    stored = PUBLISHED_GRID if table is None else grid_of_table(table)
     if stored is None and None in (image_size, num_frames):
         raise WeightsError(f'{path}: pos_embed {list(table.shape)} fits no grid of the published positions, pass image_size and num_frames')
     sizes |= dict(image_size=image_size or stored[1] * sizes['patch_size'], num_frames=num_frames or stored[0] * sizes['tubelet_size'])
@@ -194,34 +195,41 @@ def load_recognizer(
     grid = model.encoder.grid
     if table is not None:
         stored = stored or grid
-        if prod(stored) != table.shape[1]: raise WeightsError(f'{path}: pos_embed has {table.shape[1]} tokens, not those of {stored}')
-        state['pos_embed'] = resize_positions(table[0].float(), stored, grid)
+        expected = [prod(stored), sizes['embed_dim']]
+        if list(table.shape) != expected: raise WeightsError(f'{path}: pos_embed is {list(table.shape)}, {stored} needs {expected}')
+        state['pos_embed'] = resize_positions(table, stored, grid)
         keep_positions(model, state['pos_embed'])
     interpolated = () if grid == stored else (f'positions {stored} -> {grid}',)
     print(load_strictly(model, state, published_names(model), path, interpolated))
     return model
 
 # %% ../nbs/07_checkpoints.ipynb #628c4bdb
+def save_config(
+    model: Student | Recognizer, # one of our modules
+    folder: str | Path, # made if need be
+):
+    "Write `model.json`: the class of `model` and its arguments"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder)/'model.json').write_text(json.dumps(dict(model=type(model).__name__, **model.config), indent=1) + '\n')
+
+# %% ../nbs/07_checkpoints.ipynb #c3e64a29
 def save_model(
     model: Student | Recognizer, # one of our modules
     folder: str | Path, # made if need be; files in it are overwritten
 ):
-    "Write `model.safetensors` and `config.json`"
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder/'model.safetensors')
-    config = dict(model=type(model).__name__, **model.config)
-    (folder/'config.json').write_text(json.dumps(config, indent=1) + '\n')
+    "Write `model.json` and `model.safetensors`"
+    save_config(model, folder)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, Path(folder)/'model.safetensors')
 
-# %% ../nbs/07_checkpoints.ipynb #c3e64a29
+# %% ../nbs/07_checkpoints.ipynb #0f7d9077
 def load_model(
-    folder: str | Path, # written by `save_model`
+    folder: str | Path, # with `model.json` and `model.safetensors`
 ) -> Student | Recognizer: # ready to use
-    "The module that `save_model` wrote. Raises WeightsError unless everything is accounted for"
+    "The module that is saved in a folder. Raises WeightsError unless everything is accounted for"
     folder = Path(folder)
-    config = json.loads((folder/'config.json').read_text())
+    config = json.loads((folder/'model.json').read_text())
     kind, known = config.pop('model', None), dict(Student=Student, Recognizer=Recognizer)
-    if kind not in known: raise WeightsError(f"{folder/'config.json'}: 'model' must be one of {list(known)}, got {kind!r}")
+    if kind not in known: raise WeightsError(f"{folder/'model.json'}: 'model' must be one of {list(known)}, got {kind!r}")
     model, state = known[kind](**config), read_state_dict(folder/'model.safetensors')
     if 'encoder.positions' in state: keep_positions(model, state['encoder.positions'])
     load_strictly(model, state, {name: name for name in model.state_dict()}, folder/'model.safetensors')
