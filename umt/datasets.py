@@ -224,6 +224,10 @@ def read_manifest(
 class DataError(RuntimeError):
     "No sample could be made: the message lists what was tried"
 
+def _listing(failures: Iterable[tuple[int, str, str]]) -> str:
+    "The first 50, a line each"
+    return '\n'.join(f'  {path}: {reason}' for _, path, reason in list(failures)[:50])
+
 # %% ../nbs/02_datasets.ipynb #5fc7e736
 def candidates(
     index: int, # of the wanted sample
@@ -262,11 +266,9 @@ class VideoDataset(Dataset):
         def choose(length):
             with seeded(key('frames')): return self.choose(length)
         with self.manifest.file(index) as path: frames = read_frames(path, choose, self.backend)
-        samples = []
-        for again in range(self.num_sample):
-            suffix = f' {again}' if again else ''
+        samples, label = [], int(self.manifest.labels[index])
+        for suffix in ['', *(f' {again}' for again in range(1, self.num_sample))]:
             with seeded(key('transform' + suffix)): video = self.transform(frames)
-            label = int(self.manifest.labels[index])
             samples.append(dict(video=video, label=label, sample_id=sample_id, key=key('mask' + suffix), failures=[]))
         return samples
 
@@ -281,8 +283,7 @@ class VideoDataset(Dataset):
             else:
                 samples[0]['failures'] = failures
                 return samples if self.num_sample > 1 else samples[0]
-        listed = '\n'.join(f'  {path}: {reason}' for _, path, reason in failures)
-        raise DataError(f'none of {len(failures)} clips could be decoded:\n{listed}')
+        raise DataError(f'none of {len(failures)} clips could be decoded:\n{_listing(failures)}')
 
 # %% ../nbs/02_datasets.ipynb #24358c90
 def collate(
@@ -307,23 +308,23 @@ class Quarantine:
     ):
         self.path, self.total, self.limit, self.clips = path and Path(path), total, limit, {}
         if self.path and self.path.exists():
-            self.clips = {clip['sample_id']: clip for clip in map(json.loads, self.path.read_text().splitlines())}
+            clips = map(json.loads, self.path.read_text().splitlines())
+            self.clips = {clip['sample_id']: (clip['sample_id'], clip['path'], clip['reason']) for clip in clips}
 
     def __len__(self): return len(self.clips)
 
     def update(self, failures: list[tuple[int, str, str]]):
         "Take in (sample id, path, reason)s of batches; raises `TooManyBadClips` above the limit"
-        new = {i: dict(sample_id=i, path=path, reason=reason) for i, path, reason in failures if i not in self.clips}
+        new = {failure[0]: tuple(failure) for failure in failures if failure[0] not in self.clips}
         if not new: return
         self.clips.update(new)
         if self.path: # all of it, and in one move: a kill leaves the old file or the new one
-            partial_file = self.path.with_name(f'.{self.path.name}.tmp')
-            partial_file.write_text(''.join(json.dumps(clip) + '\n' for clip in self.clips.values()))
-            partial_file.replace(self.path)
+            unfinished, names = self.path.with_name(f'.{self.path.name}.tmp'), ('sample_id', 'path', 'reason')
+            unfinished.write_text(''.join(json.dumps(dict(zip(names, clip))) + '\n' for clip in self.clips.values()))
+            unfinished.replace(self.path)
         if len(self) > self.limit * self.total:
-            listed = '\n'.join(f"  {clip['path']}: {clip['reason']}" for clip in list(self.clips.values())[:50])
             counts = f'{len(self)} of {self.total} clips cannot be decoded, more than {self.limit:.1%}'
-            raise TooManyBadClips(f'{counts} (all of them in {self.path}):\n{listed}')
+            raise TooManyBadClips(f'{counts} (all of them in {self.path}):\n{_listing(self.clips.values())}')
 
 # %% ../nbs/02_datasets.ipynb #b194a1f6
 class StepSampler(Sampler):
