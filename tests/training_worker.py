@@ -33,10 +33,10 @@ class Net(nn.Module):
         for block in self.blocks: x = x + block(x)
         return self.head(x)[:, 0]
 
-def run(folder, dropout=.1, kill_at=None, kill_in_save=None, term_at=None, term_rank=0, term_group=False, raise_at=None,
+def run(folder, dropout=.1, kill_at=None, kill_on_sync=None, term_at=None, term_rank=0, term_group=False, raise_at=None,
         poison=(), broken=(), **changes):
     "One call of `train`; `*_at` counts micro-batches of this process from 0: in the middle of a step where it is odd."
-    calls, files = iter(range(10**6)), iter(range(10**6))
+    calls = iter(range(10**6))
     def loss_fn(model, batch):
         call, rank = next(calls), int(os.environ.get('RANK', 0))
         if call == kill_at: os.kill(os.getpid(), signal.SIGKILL)
@@ -45,11 +45,11 @@ def run(folder, dropout=.1, kill_at=None, kill_in_save=None, term_at=None, term_
         error = model(batch['x']).float() - batch['y']
         return error.square().mean(), {'bias': error.mean()}
     def deadly_sync(path, sync=training.sync_to_disk):
-        if next(files) == kill_in_save: os.kill(os.getpid(), signal.SIGKILL)
+        if path.name == kill_on_sync: os.kill(os.getpid(), signal.SIGKILL)
         sync(path)
     torch.manual_seed(0)
     model, keep = Net(dropout), training.sync_to_disk
-    if kill_in_save is not None: training.sync_to_disk = deadly_sync
+    training.sync_to_disk = deadly_sync
     try: result = train(override(CONFIG, run_dir=str(folder), **changes), model, Toy(poison, broken), loss_fn)
     finally: training.sync_to_disk = keep
     return model, result

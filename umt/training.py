@@ -6,18 +6,19 @@
 __all__ = ['COMPUTE_DTYPE', 'PACKAGES', 'free', 'TrainConfig', 'coerce', 'override', 'from_cli', 'learning_rate',
            'weight_decay_groups', 'start_accelerator', 'split_batch', 'shard', 'distribute', 'Feed', 'gradient_sync',
            'accumulate_gradients', 'update', 'NonfiniteError', 'Guard', 'Meter', 'CheckpointError', 'sync_to_disk',
-           'write_json', 'file_hash', 'save_checkpoint', 'damage', 'newest_checkpoint', 'flat_state', 'unshared',
-           'load_flat_state', 'config_dict', 'open_run', 'git_state', 'environment', 'record_start', 'log_line', 'Log',
-           'Preempted', 'stop_signals', 'ignore_stop_signals', 'count_flops', 'matmul_rate', 'peak_memory',
-           'power_draw', 'Session', 'restore', 'open_session', 'train_step', 'log_step', 'save_step', 'ledger',
-           'finish', 'train']
+           'complete', 'write_json', 'file_hash', 'save_checkpoint', 'damage', 'newest_checkpoint', 'flat_state',
+           'unshared', 'load_flat_state', 'config_dict', 'open_run', 'git_state', 'environment', 'record_start',
+           'log_line', 'Log', 'Preempted', 'stop_signals', 'ignore_stop_signals', 'count_flops', 'matmul_rate',
+           'peak_memory', 'power_draw', 'Session', 'restore', 'open_session', 'train_step', 'catch_up', 'log_step',
+           'save_step', 'ledger', 'finish', 'train']
 
 # %% ../nbs/08_training.ipynb #2263233e
 import argparse, difflib, hashlib, importlib.metadata, importlib.util, json, math, os, platform, resource
 import shutil, signal, socket, subprocess, sys, threading, time
 from collections import deque
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Callable, Literal, Union, get_args, get_origin, get_type_hints
@@ -342,11 +343,11 @@ class Meter:
         if dist.is_initialized() and len(sums): dist.all_reduce(sums)
         return dict(names=self.names, sums=sums.tolist())
 
-    def read(self) -> dict[str, float | None]: # means over good steps and processes, None if there was no good step
+    def read(self) -> dict[str, float | None]: # means over good steps and processes; None if not finite or without a good step
         "Read the means and start again; collective."
         *sums, count = self.state_dict()['sums']
         self.sums = torch.zeros_like(self.sums)
-        return {name: total / count if count else None for name, total in zip(self.names, sums)}
+        return {name: total / count if count and math.isfinite(total) else None for name, total in zip(self.names, sums)}
 
 # %% ../nbs/08_training.ipynb #fa02c9e6
 class CheckpointError(RuntimeError):
@@ -362,16 +363,24 @@ def sync_to_disk(
     finally: os.close(handle)
 
 # %% ../nbs/08_training.ipynb #4296e11a
+@contextmanager
+def complete(
+    path: Path, # file or folder
+):
+    "Yields a temporary path to write to; afterwards it is synced and renamed to `path`. An exception leaves `path` as it was."
+    temporary = path.with_name(f'.{path.name}.tmp')
+    yield temporary
+    sync_to_disk(temporary)
+    temporary.replace(path)
+    sync_to_disk(path.parent)
+
+# %% ../nbs/08_training.ipynb #2ae61a95
 def write_json(
     path: Path, # replaced as a whole
     content: Any, # what JSON can say
 ):
     "Write a JSON file that is either complete or not there."
-    temporary = path.with_name(f'.{path.name}.tmp')
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + '\n')
-    sync_to_disk(temporary)
-    temporary.replace(path)
-    sync_to_disk(path.parent)
+    with complete(path) as temporary: temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + '\n')
 
 # %% ../nbs/08_training.ipynb #fdd90de6
 def file_hash(
@@ -389,16 +398,12 @@ def save_checkpoint(
 ) -> Path: # the new checkpoint
     "Write a checkpoint that is either complete or not there, then delete the oldest."
     target = folder / f'step-{state["step"]:08d}'
-    temporary = folder / f'.{target.name}.tmp'
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for stem, content in tensors.items(): save_file(content, temporary / f'{stem}.safetensors')
-    write_json(temporary / 'state.json', state)
-    write_json(temporary / 'manifest.json', {file.name: file_hash(file) for file in sorted(temporary.iterdir())})
-    for file in temporary.iterdir(): sync_to_disk(file)
-    sync_to_disk(temporary)
-    temporary.rename(target)
-    sync_to_disk(folder)
+    with complete(target) as temporary:
+        temporary.mkdir(parents=True)
+        for stem, content in tensors.items(): save_file(content, temporary / f'{stem}.safetensors')
+        write_json(temporary / 'state.json', state)
+        write_json(temporary / 'manifest.json', {file.name: file_hash(file) for file in sorted(temporary.iterdir())})
+        for file in temporary.glob('*.safetensors'): sync_to_disk(file)
     for old in sorted(folder.glob('step-*'))[:-keep]: shutil.rmtree(old)
     return target
 
@@ -420,15 +425,14 @@ def damage(
 def newest_checkpoint(
     folder: Path, # holds the checkpoints of a run
 ) -> Path | None: # None if there is none yet
-    "The newest undamaged checkpoint; raises `CheckpointError` if all are damaged."
-    reports = []
+    "The newest undamaged checkpoint; raises `CheckpointError` if there are only damaged ones."
     for checkpoint in sorted(folder.glob('step-*'), reverse=True):
         reason = damage(checkpoint)
         if not reason: return checkpoint
-        reports.append(f'{checkpoint}: {reason}')
-        print(f'checkpoint damaged, using the one before: {reports[-1]}', flush=True)
+        print(f'damaged checkpoint {checkpoint}: {reason}', flush=True)
         checkpoint.rename(folder / f'damaged-{checkpoint.name}-{time.time_ns()}')
-    if reports: raise CheckpointError('every checkpoint is damaged (renamed to damaged-*):\n' + '\n'.join(reports))
+    if damaged := sorted(file.name for file in folder.glob('damaged-*')):
+        raise CheckpointError(f'no good checkpoint in {folder}, only {", ".join(damaged)}; remove them to start again from nothing')
     return None
 
 # %% ../nbs/08_training.ipynb #d1ae95a1
@@ -532,10 +536,9 @@ def log_line(
 ) -> str: # one line
     "A log record for people."
     metrics = ' '.join(f'{name} {math.nan if record[name] is None else record[name]:.4g}' for name in names)
-    left = time.strftime('%H:%M:%S', time.gmtime(record['seconds_left']))
     return (f'step {record["step"]}/{record["steps"]} epoch {record["epoch"]:.2f} | {metrics} lr {record["lr"]:.3g} | '
             f'{record["clips_per_second"]:.4g} clips/s wait {record["data_wait"]:.0%} mem {record["peak_gib"]:.2f} GiB '
-            f'skipped {record["skipped"]} | {left} left')
+            f'skipped {record["skipped"]} | {timedelta(seconds=round(record["seconds_left"]))} left')
 
 # %% ../nbs/08_training.ipynb #3d75f204
 class Log:
@@ -549,7 +552,7 @@ class Log:
         path = run / 'metrics.jsonl'
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= start_step]
-        path.write_text(''.join(kept))
+        with complete(path) as temporary: temporary.write_text(''.join(kept))
         self.file, self.board = open(path, 'a'), SummaryWriter(run / 'tensorboard', purge_step=start_step + 1)
         self.bar = tqdm(total=steps, initial=start_step, unit='step') if sys.stderr.isatty() else None
 
@@ -563,7 +566,7 @@ class Log:
         for name, value in record.items():
             if value is not None: self.board.add_scalar(name, value, record['step'])
         if self.bar is not None: self.bar.update(record['step'] - self.bar.n)
-        (print if self.bar is None else self.bar.write)(log_line(record, names))
+        print(log_line(record, names), flush=True) if self.bar is None else self.bar.write(log_line(record, names))
 
     def close(self):
         "Close the files and the bar."
@@ -613,13 +616,14 @@ def matmul_rate(
     "Measure the rate of a large square matrix product: the best of several short rounds."
     device = torch.device(device)
     n = 8192 if device.type == 'cuda' else 512
-    a, best, end = torch.ones(n, n, device=device, dtype=dtype), math.inf, time.perf_counter() + seconds
-    def wait(): torch.accelerator.synchronize() if device.type != 'cpu' else None
-    a @ a; wait()
-    while time.perf_counter() < end:
+    a = torch.randn(n, n, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
+    def product():
         start = time.perf_counter()
-        a @ a; wait()
-        best = min(best, time.perf_counter() - start)
+        a @ a
+        if device.type != 'cpu': torch.accelerator.synchronize()
+        return time.perf_counter() - start
+    best, end = product(), time.perf_counter() + seconds
+    while time.perf_counter() < end: best = min(best, product())
     return 2 * n**3 / best
 
 # %% ../nbs/08_training.ipynb #26112695
@@ -729,33 +733,41 @@ def train_step(
     s.feed.sample_ids = []
 
 # %% ../nbs/08_training.ipynb #14a22403
+def catch_up(
+    s: Session, # changed in place
+):
+    "Wait for the flags of all steps so far, and collect the unreadable clips of all processes; collective."
+    s.guard.check()
+    s.quarantine.update(gather_object(s.feed.failures))
+    s.feed.failures = []
+
+# %% ../nbs/08_training.ipynb #287b48bf
 def log_step(
     s: Session, # changed in place
     step: int, # optimizer steps done
 ) -> dict: # the record
-    "Write a log record and look at the unreadable clips of all processes; collective."
-    s.guard.check()
+    "Write a log record; collective."
+    catch_up(s)
     means, now, device = s.meter.read(), time.perf_counter(), s.accelerator.device
-    s.quarantine.update(gather_object(s.feed.failures))
-    s.feed.failures = []
     watts, _ = power_draw(device, s.config.watts)
     if watts is not None: s.power.append(watts)
     since, then, waited = s.window
     s.window = (step, now, s.feed.waited)
-    record = {'step': step, 'steps': s.steps, 'epoch': step / s.steps_per_epoch, **means, 'lr': s.optimizer.param_groups[0]['lr'],
+    record = {'step': step, 'steps': s.steps, 'epoch': step / s.steps_per_epoch, **means,
+              'lr': learning_rate(step - 1, s.config, s.steps_per_epoch),
               'clips_per_second': (step - since) * s.config.batch_size / (now - then), 'data_wait': (s.feed.waited - waited) / (now - then),
               'peak_gib': peak_memory(device), 'skipped': s.guard.skipped, 'seconds': s.earlier + now - s.began,
               'seconds_left': (s.steps - step) * (now - then) / (step - since)}
     if s.log: s.log.write(record, list(means))
     return record
 
-# %% ../nbs/08_training.ipynb #287b48bf
+# %% ../nbs/08_training.ipynb #3972a501
 def save_step(
-    s: Session, # not changed
+    s: Session, # changed in place
     step: int, # optimizer steps done
 ):
     "Write a checkpoint; collective."
-    s.guard.check()
+    catch_up(s)
     tensors = flat_state(s.model, s.optimizer)
     state = dict(step=step, skipped=s.guard.skipped, seconds=s.earlier + time.perf_counter() - s.began, meter=s.meter.state_dict(),
                  scaler=s.scaler.state_dict())
@@ -789,10 +801,7 @@ def finish(
     run = Path(s.config.run_dir)
     weights = get_model_state_dict(s.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if s.accelerator.is_main_process:
-        temporary = run / '.model.safetensors.tmp'
-        save_file(unshared(weights), temporary)
-        sync_to_disk(temporary)
-        temporary.replace(run / 'model.safetensors')
+        with complete(run / 'model.safetensors') as temporary: save_file(unshared(weights), temporary)
         result = {**record, **ledger(s, flops_per_sample, peak), 'quarantined': len(s.quarantine),
                   'model_sha256': file_hash(run / 'model.safetensors')}
         write_json(run / 'result.json', result)
