@@ -158,7 +158,7 @@ def weight_decay_groups(
 # %% ../nbs/08_training.ipynb #04e6f1bd
 def start_accelerator() -> Accelerator: # knows this process's rank and device
     "Join the other processes, if the environment says that there are any; gloo on a machine without an accelerator."
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision='no', kwargs_handlers=[ddp])
 
 # %% ../nbs/08_training.ipynb #df3600c9
@@ -647,19 +647,19 @@ def power_draw(
 @dataclass
 class Session:
     "The moving parts of one run, in one process."
-    config: TrainConfig
-    accelerator: Accelerator
+    config: TrainConfig # what to do
+    accelerator: Accelerator # device and processes
     model: nn.Module # as `distribute` returns it
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.AdamW # of this model
     scaler: torch.amp.GradScaler # disabled unless fp16
-    loss_fn: Callable
-    feed: Feed
-    meter: Meter
-    guard: Guard
-    quarantine: Quarantine
+    loss_fn: Callable # (model, batch) -> (loss, metrics)
+    feed: Feed # micro-batches
+    meter: Meter # sums for the next log line
+    guard: Guard # bad steps and stop requests
+    quarantine: Quarantine # unreadable clips
     log: Log | None # main process only
     accumulate: int # micro-batches per step
-    steps_per_epoch: int
+    steps_per_epoch: int # optimizer steps
     steps: int # of the whole run
     start: int # step at which this process started
     earlier: float # seconds of the run before that
