@@ -9,10 +9,12 @@ __all__ = ['PICTOGRAMS', 'CATEGORIES', 'ACTIONS', 'SCENES', 'SPLITS', 'VERSION',
 
 # %% ../nbs/01_emoji_motion.ipynb #e66c0a2b
 import fcntl, gzip, io, json, os, time, unicodedata
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import zip_longest
 from multiprocessing import get_context
+from multiprocessing.spawn import _check_not_importing_main
 from pathlib import Path
 
 import av
@@ -492,14 +494,14 @@ def _claim(root: Path, config: dict) -> bool:
 def _run(jobs: list, num_workers: int) -> None:
     "Write the clips, in worker processes or (0) in this one, and say how far it is."
     start = said = time.monotonic()
-    pool = get_context('spawn').Pool(num_workers) if num_workers else None
+    pool = ProcessPoolExecutor(num_workers, get_context('spawn')) if num_workers else None
     try:
-        for i, _ in enumerate(pool.imap_unordered(_make_clip, jobs, chunksize=8) if pool else map(_make_clip, jobs), 1):
+        for i, _ in enumerate(pool.map(_make_clip, jobs, chunksize=8) if pool else map(_make_clip, jobs), 1):
             if (now := time.monotonic()) - said > 5 or i == len(jobs):
                 print(f'EmojiMotion: {i}/{len(jobs)} clips, {i / (now - start):.0f} clips/s', flush=True)
                 said = now
     finally:
-        if pool: pool.terminate()
+        if pool: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/01_emoji_motion.ipynb #59a3200d
 def _fill(root: Path, num_clips: dict[str, int], shape: dict, num_workers: int) -> None:
@@ -532,6 +534,7 @@ def generate(
     if unknown := set(num_clips) - set(SPLITS): raise ValueError(f'unknown splits {sorted(unknown)}: expected some of {SPLITS}')
     if image_size % 4: raise ValueError(f'image_size={image_size}: expected a multiple of 4')
     shape = dict(seed=seed, num_objects=num_objects, image_size=image_size, num_frames=num_frames, fps=fps)
+    _check_not_importing_main()                              # a script without a main guard would wait for itself here
     root.mkdir(parents=True, exist_ok=True)
     with open(root / '.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -18,7 +18,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .checkpoints import load_student
+from .checkpoints import load_model
 from .datasets import EvalSampler, VideoDataset, collate, read_manifest
 from .student import SIZES, Recognizer, recognizer_from
 from .teacher import Teacher, load_teacher
@@ -39,7 +39,7 @@ class RecognitionConfig(TrainConfig):
     val_sampling: str = 'kinetics_sparse_val' # see `umt.video`
     image_size: int = 224 # crop, in pixels
     flip: bool = True # random horizontal flip; not where labels know left from right
-    init: str = 'scratch' # run directory or weights of a Stage-1 student | scratch | teacher
+    init: str = 'scratch' # run directory of a Stage-1 student | scratch | teacher
     student: Literal['nano', 'small', 'base', 'large'] = 'base' # size, for `scratch`
     patch_size: int = 16 # pixels, for `scratch`
     teacher: str = 'nano' # see `umt.teacher.load_teacher`, for `teacher`
@@ -79,7 +79,7 @@ def build_model(
     if config.init == 'teacher': return FrameRecognizer(load_teacher(config.teacher, config.image_size, 1), config.num_classes)
     sizes = dict(image_size=config.image_size, num_frames=config.num_frames, drop_path=config.drop_path)
     if config.init == 'scratch': return Recognizer(config.num_classes, patch_size=config.patch_size, **SIZES[config.student], **sizes)
-    return recognizer_from(load_student(config.init), config.num_classes, **sizes)
+    return recognizer_from(load_model(config.init), config.num_classes, **sizes)
 
 # %% ../nbs/10_recognition.ipynb #4db3e0aa
 def layer_groups(
