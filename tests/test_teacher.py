@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import papermill
 import pytest
 import torch
 from open_clip.transformer import VisionTransformer
@@ -90,3 +91,11 @@ def test_golden(name):
     close(torch.stack([tokens.mean(), tokens.abs().mean()]), [golden['mean'], golden['mean_abs']])
     close(attention.flatten()[:4], golden['attention'])
     close(attention.sum(1)[:3], golden['rows'])
+
+
+def test_nano_teacher_notebook_retrains(tmp_path):
+    "Three steps of the notebook that makes the nano teacher; the shipped one stays as it is"
+    notebook = Path(__file__).parents[1]/'nbs/nano_teacher.ipynb'
+    quick = dict(retrain=True, out=str(tmp_path/'nano.safetensors'), steps=3, batch_size=16, num_images=64, num_val=64)
+    papermill.execute_notebook(notebook, tmp_path/'out.ipynb', quick, progress_bar=False, cwd=str(tmp_path))
+    assert load_teacher(tmp_path/'nano.safetensors').target_dim == load_teacher('nano').target_dim
