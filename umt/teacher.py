@@ -31,7 +31,7 @@ def read_visual(
     state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
     visual = {k.removeprefix('visual.'): v for k, v in state.items() if k.startswith('visual.')} or state
     if 'conv1.weight' not in visual or 'class_embedding' not in visual:
-        raise ValueError(f"{path}: not the visual half of an OpenAI-style CLIP; 'conv1.weight' or 'class_embedding' missing among {sorted(state)[:4]}...")
+        raise ValueError(f"{path}: no visual half of an OpenAI-style CLIP ('conv1.weight', 'class_embedding') among {sorted(state)[:4]}...")
     return {k: v.float() for k, v in visual.items()}
 
 # %% ../nbs/04_teacher.ipynb #baa4a324
@@ -108,9 +108,9 @@ def visible_rows(
     mask: Tensor, # [B, T * N] bool, True = masked
     num_frames: int, # T
     visible_per_frame: int | None = None, # known to be the same for all frames; None: counted
-) -> tuple[Tensor, Tensor | None]: # positions in each frame [B * T, n]; which of the gathered [B, T * n] to keep [B, visible], None = all
+) -> tuple[Tensor, Tensor | None]: # positions in each frame [B * T, n]; which of these to keep [B, visible], None: all
     "Visible positions in raster order; `ValueError` if clips differ in their number"
-    frames = mask.view(len(mask) * num_frames, -1)
+    frames = mask.reshape(len(mask) * num_frames, -1)
     order = lambda hidden, n: hidden.byte().argsort(dim=1, stable=True)[:, :n]
     if visible_per_frame is not None: return order(frames, visible_per_frame), None
     counts = (~frames).sum(1).view(-1, num_frames).tolist()
@@ -136,7 +136,7 @@ def aligned_tokens(
     frames: Tensor, # [B * T, 3, H, W]
     num_frames: int, # T
     aligned_layers: int, # K
-    mask: Tensor | Callable[[Tensor], Tensor] | None, # [B, T * N] bool, or a function of the attention [B * T, N]; None = all visible
+    mask: Tensor | Callable[[Tensor], Tensor] | None, # [B, T * N] bool, or a function of the attention [B * T, N]; None: no mask
     visible_per_frame: int | None = None, # see `visible_rows`
 ) -> TeacherOutput: # tokens, mask, attention
     "One forward in the order blocks, class attention, mask, gather, project"
@@ -187,7 +187,8 @@ class Teacher(nn.Module):
         super().__init__()
         if not 1 <= aligned_layers <= visual.transformer.layers:
             raise ValueError(f'aligned_layers={aligned_layers}, but the teacher has {visual.transformer.layers} layers')
-        if input_statistics not in ('imagenet', 'clip'): raise ValueError(f"input_statistics={input_statistics!r}: 'imagenet' or 'clip' expected")
+        if input_statistics not in ('imagenet', 'clip'):
+            raise ValueError(f"input_statistics={input_statistics!r}: 'imagenet' or 'clip' expected")
         self.visual, self.aligned_layers = visual.eval().requires_grad_(False), aligned_layers
         self.input_statistics, self.dtype = input_statistics, dtype
         self.image_size, self.grid, self.target_dim = visual.image_size[0], visual.grid_size[0], visual.output_dim
@@ -198,10 +199,10 @@ class Teacher(nn.Module):
     def forward(
         self,
         video: Tensor, # [B, 3, T, H, W], ImageNet-normalised
-        mask: Tensor | Callable[[Tensor], Tensor] | None = None, # [B, T * N] bool, True = masked, or a function of the attention [B * T, N]; None = all visible
+        mask: Tensor | Callable[[Tensor], Tensor] | None = None, # [B, T * N] bool, True = masked, or a function of the attention
         visible_per_frame: int | None = None, # where it is the same in every frame: saves a synchronisation
     ) -> TeacherOutput: # tokens [K, B, visible, C], mask, attention
-        "Class attention of every frame, and the last K layers' tokens where the mask lets them be seen"
+        "Class attention of every frame, and the last K layers' tokens where the mask lets them be seen (None: everywhere)"
         with torch.autocast(video.device.type, self.dtype, enabled=self.dtype != torch.float32):
             frames = prepare_frames(video, self.image_size, self.input_statistics)
             return aligned_tokens(self.visual, frames, video.shape[2], self.aligned_layers, mask, visible_per_frame)
@@ -224,12 +225,13 @@ def open_clip_visual(
     name: str, # one of `open_clip.list_models()`
     pretrained: str | None, # a tag of that model, a file, or 'random'
 ) -> VisionTransformer:
-    "The image half of an open_clip model; `ValueError` if it is no plain vision transformer with a class token, or no weights are named"
-    if pretrained is None: raise ValueError(f"{name}: pretrained= one of {open_clip.list_pretrained_tags_by_model(name)}, a file, or 'random'")
+    "The image half of an open_clip model; `ValueError` if no weights are named, or it is no plain vision transformer with a class token"
+    if pretrained is None:
+        raise ValueError(f"{name}: pretrained= one of {open_clip.list_pretrained_tags_by_model(name)}, a file, or 'random'")
     visual = open_clip.create_model(name, pretrained=None if pretrained == 'random' else pretrained).visual
-    plain = isinstance(visual, VisionTransformer) and visual.pool_type == 'tok' and visual.proj is not None
+    plain = isinstance(visual, VisionTransformer) and visual.pool_type == 'tok' and visual.attn_pool is None and visual.proj is not None
     if not plain or not all(type(b) is ResidualAttentionBlock for b in visual.transformer.resblocks):
-        raise ValueError(f'{name}: a teacher needs a plain vision transformer with a class token and a projection, not {type(visual).__name__}')
+        raise ValueError(f'{name}: {type(visual).__name__} is no plain vision transformer with a class token and a projection')
     return visual
 
 # %% ../nbs/04_teacher.ipynb #5c1020ad
