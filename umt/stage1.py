@@ -64,11 +64,12 @@ B16_K710 = Stage1Config(
 NANO_EMOJI = Stage1Config(
     run_dir='runs/nano_emoji', data_root='runs/emoji_motion', train_list='action_train.csv', emoji_clips=2000, num_frames=4, image_size=112, flip=False,
     student='nano', drop_path=0., teacher='nano', teacher_weights=None, teacher_image_size=112, aligned_layers=3,
-    epochs=20, warmup_epochs=2, batch_size=64, lr=4e-3, min_lr=4e-5, log_every=31, checkpoint_every=200)
+    epochs=12, warmup_epochs=1, batch_size=64, lr=4e-3, min_lr=4e-5, log_every=31, checkpoint_every=124)
 
 # %% ../nbs/09_stage1.ipynb #a3c4a715
 PRESETS = dict(
     nano_emoji=NANO_EMOJI,
+    quick_emoji=replace(NANO_EMOJI, run_dir='runs/quick_emoji', emoji_clips=32, epochs=2, warmup_epochs=1, batch_size=8, log_every=2), # runs through; learns nothing
     b16_k710=B16_K710,
     l16_k710=replace(B16_K710, run_dir='runs/l16_k710', student='large', drop_path=.2, teacher='ViT-L-14-quickgelu', teacher_image_size=196),
     b16_k400=replace(B16_K710, run_dir='runs/b16_k400', train_list='k400_train.csv'), # inferred: the K710 recipe on another list
@@ -173,7 +174,7 @@ A100_FLOPS = 312e12 # bf16/fp16, data sheet
 def dry_run(
     config: Stage1Config, # of the run
     num_clips: int | None = None, # training clips; None = count them in the manifest, if it is there
-    utilisation: float = .4, # assumed share of an A100's peak
+    utilisation: tuple[float, ...] = (.1, .4), # assumed shares of an A100's peak
 ) -> str: # recipe, parameters, FLOPs, A100-hours
     "Say what a run would do and cost, without weights and without training."
     teacher, student = build_models(override(config, teacher_weights='random' if config.teacher_weights else None))
@@ -183,8 +184,9 @@ def dry_run(
     lines = [str(config), '', f'student parameters {parameters:,}, teacher {sum(p.numel() for p in teacher.parameters()):,}',
              *(f'{name:<16}{count / 1e9:10.1f} GFLOPs per clip' for name, count in flops.items())]
     if num_clips is None: return '\n'.join([*lines, f'{manifest}: not there, so the number of clips and the A100-hours are not known'])
-    hours = flops['total'] * num_clips * config.epochs / (A100_FLOPS * utilisation) / 3600
-    return '\n'.join([*lines, f'{num_clips:,} clips x {config.epochs} epochs: about {hours:,.1f} A100-hours at {utilisation:.0%} of {A100_FLOPS / 1e12:.0f} TFLOP/s'])
+    hours = flops['total'] * num_clips * config.epochs / A100_FLOPS / 3600
+    return '\n'.join([*lines, f'{num_clips:,} clips x {config.epochs} epochs, estimated from a share of {A100_FLOPS / 1e12:.0f} TFLOP/s:',
+                      *(f'  {hours / share:,.1f} A100-hours at {share:.0%}' for share in utilisation)])
 
 # %% ../nbs/09_stage1.ipynb #2c842190
 def pretrain(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LayerNorm', 'SIZES', 'sinusoid_table', 'resize_positions', 'position_table', 'visible_index', 'gather_patches',
            'Attention', 'PatchEmbed', 'init_linear', 'same_frame', 'token_grid', 'VideoTransformer', 'AlignmentHead',
-           'Student', 'Recognizer', 'recognizer_from']
+           'Student', 'pool_tokens', 'Recognizer', 'recognizer_from']
 
 # %% ../nbs/05_student.ipynb #6941f353
 from functools import partial
@@ -206,6 +206,8 @@ class Student(nn.Module):
         mask: torch.Tensor | None = None, # bool [B, N], True = masked; None = all visible
         num_visible: int | None = None, # visible tokens per clip, if known (see `visible_index`)
     ) -> torch.Tensor: # unit vectors [K, B, visible, target_dim], shallow to deep
+        expected = (len(video), len(self.encoder.positions))
+        if mask is not None and mask.shape != expected: raise ValueError(f'mask must be [B, N] = {list(expected)}, got {list(mask.shape)}')
         index = None if mask is None else visible_index(mask, num_visible)
         x = self.encoder(video, index, num_layers=len(self.alignment_heads))
         position = self.encoder.positions if index is None else self.encoder.positions[index]
@@ -213,32 +215,43 @@ class Student(nn.Module):
 
 # %% ../nbs/05_student.ipynb #ad6de42f
 SIZES = dict(
-    nano=dict(embed_dim=192, depth=6, num_heads=3), # for CPUs
+    nano=dict(embed_dim=128, depth=4, num_heads=4), # for CPUs
     small=dict(embed_dim=384, depth=12, num_heads=6), # for one GPU
     base=dict(embed_dim=768, depth=12, num_heads=12), # UMT-B
     large=dict(embed_dim=1024, depth=24, num_heads=16), # UMT-L
 )
 
 # %% ../nbs/05_student.ipynb #7d197810
+def pool_tokens(
+    tokens: torch.Tensor, # [B, time * rows * columns, D]
+    grid: tuple[int, int, int], # tokens over (time, rows, columns)
+    pool_grid: tuple[int, int, int] = (1, 1, 1), # cells over (time, rows, columns)
+) -> torch.Tensor: # [B, cells, D]
+    "Mean tokens of the cells of a coarser grid; (1, 1, 1) is the mean over the clip"
+    if tuple(pool_grid) == (1, 1, 1): return tokens.mean(1, keepdim=True)
+    return F.adaptive_avg_pool3d(tokens.unflatten(1, grid).movedim(-1, 1), pool_grid).flatten(2).transpose(1, 2)
+
+# %% ../nbs/05_student.ipynb #377cd7dd
 class Recognizer(nn.Module):
     "Encoder, mean over tokens, LayerNorm, linear classifier"
     def __init__(self,
         num_classes: int, # outputs
         init_scale: float = .001, # factor on the fresh classifier's weights
+        pool_grid: tuple[int, int, int] = (1, 1, 1), # cells over (time, rows, columns) that are averaged apart; see `pool_tokens`
         **encoder, # arguments of `VideoTransformer`
     ):
         super().__init__()
         self.encoder = VideoTransformer(**encoder | dict(final_norm=False))
-        self.config = dict(num_classes=num_classes, init_scale=init_scale, **self.encoder.config)
+        self.config = dict(num_classes=num_classes, init_scale=init_scale, pool_grid=tuple(pool_grid), **self.encoder.config)
         self.fc_norm = LayerNorm(self.config['embed_dim'])
-        self.head = nn.Linear(self.config['embed_dim'], num_classes)
+        self.head = nn.Linear(prod(pool_grid) * self.config['embed_dim'], num_classes)
         nn.init.trunc_normal_(self.head.weight, std=.02 * init_scale, a=-2 * init_scale, b=2 * init_scale)
         nn.init.zeros_(self.head.bias)
 
     def features(self,
         video: torch.Tensor, # [B, 3, T, H, W]
-    ) -> torch.Tensor: # [B, embed_dim]
-        return self.fc_norm(self.encoder(video)[0].mean(1))
+    ) -> torch.Tensor: # [B, cells * embed_dim]
+        return self.fc_norm(pool_tokens(self.encoder(video)[0], self.encoder.grid, self.config['pool_grid'])).flatten(1)
 
     def forward(self,
         video: torch.Tensor, # [B, 3, T, H, W]
