@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import papermill
 import pytest
 import torch
@@ -61,6 +62,27 @@ def test_open_clip_by_name():
     out = teacher(torch.randn(1, 3, 2, 64, 64))
     assert out.tokens.shape == (6, 1, 8, teacher.target_dim) and out.attention.shape == (2, 4)
     with pytest.raises(ValueError, match='RN50'): load_teacher('RN50', pretrained='random')
+
+
+def test_random_weights_are_not_warned_about(caplog):
+    load_teacher('ViT-S-32-alt', pretrained='random')
+    open_clip.create_model('ViT-S-32-alt')
+    assert sum('No pretrained weights' in record.message for record in caplog.records) == 1 # that of the second line
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_torchscript_is_refused_with_the_remedy(tmp_path):
+    "OpenAI's own files: the error's two remedies, and torch's advice to switch its check off in neither case."
+    file = tmp_path/'ViT-B-16.pt'
+    visual = VisionTransformer(32, 16, 64, 2, 1, 4., output_dim=32).eval()
+    torch.jit.save(torch.jit.trace(visual, torch.randn(1, 3, 32, 32)), file)
+    for call in (lambda: load_teacher(file), lambda: load_teacher('ViT-B-16-quickgelu', pretrained=str(file))):
+        with pytest.raises(ValueError, match='TorchScript') as error: call()
+        assert "pretrained='openai'" in str(error.value) and 'weights_only' not in str(error.value)
+    torch.save(torch.jit.load(file, map_location='cpu').state_dict(), tmp_path/'clip.pth')
+    assert load_teacher(tmp_path/'clip.pth').target_dim == 32
+    torch.save({'conv1.weight': Path()}, tmp_path/'other.pth')
+    with pytest.raises(ValueError, match='not a file of plain tensors, refused$'): load_teacher(tmp_path/'other.pth')
 
 
 GOLDEN = {
