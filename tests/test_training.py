@@ -62,16 +62,17 @@ def test_two_processes(straight, tmp_path):
     code, printed = start([
         call('ddp', dropout=0.), call('fsdp', dropout=0., sharding='fsdp'), call('split', dropout=0., micro_batch_size=4), call('drop'),
         call('bf16', sharding='fsdp', precision='bf16'),
-        call('stopped', again=True, term_at=6, term_rank=1), call('fsdp_stopped', again=True, term_at=6, term_rank=1, sharding='fsdp'),
+        call('stopped', again={}, term_at=6, term_rank=1), call('fsdp_stopped', again={}, term_at=6, term_rank=1, sharding='fsdp'),
         call('nan', poison=[5]), call('all_nan', poison=[*range(80)], max_nonfinite=4, checkpoint_every=2),
-        call('broken', broken=[1, 2, 3], bad_clip_limit=.05)], processes=2)
+        call('broken', broken=[1, 2, 3], bad_clip_limit=.05),
+        call('more_broken', broken=[1, 2], term_at=6, again={'broken': [3, 4]}, bad_clip_limit=.04)], processes=2)
     assert code == 0, printed
     # the sums of gradients are formed in another order, nothing else differs: 1e-6 absolute after 15 steps
     for name in ('big', 'ddp', 'fsdp', 'split'): assert_same(tmp_path / 'plain', tmp_path / name, 1e-6)
     # with drop-out: two processes draw what two micro-batches of one process draw
     for name in ('drop', 'stopped', 'fsdp_stopped'): assert_same(straight, tmp_path / name, 1e-6)
     outcome = {}
-    for name in ('stopped', 'fsdp_stopped', 'nan', 'all_nan', 'broken'):
+    for name in ('stopped', 'fsdp_stopped', 'nan', 'all_nan', 'broken', 'more_broken'):
         outcome[name], other = (json.loads((tmp_path / name / f'outcome-{rank}.json').read_text()) for rank in (0, 1))
         assert outcome[name] == other
     for name in ('stopped', 'fsdp_stopped'): assert outcome[name][0] == 75 and outcome[name][1]['step'] == 15
@@ -79,6 +80,7 @@ def test_two_processes(straight, tmp_path):
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / 'nan').values())
     assert 'not finite in 4 steps in a row' in outcome['all_nan'][0] and len(ids_in(outcome['all_nan'][0])) == 64
     assert outcome['broken'][0]['quarantined'] == 3
+    assert outcome['more_broken'] == [75, '4 of 80 clips cannot be decoded, more than 4.0%']  # two of them before the stop
     assert metrics(tmp_path / 'bf16')[-1]['loss'] < metrics(tmp_path / 'bf16')[0]['loss'] / 2
 
 def ids_in(message): return [int(i) for part in message.split('[')[1:] for i in part.split(']')[0].split(',')]
@@ -140,9 +142,21 @@ def test_too_many_unreadable_clips(tmp_path):
     assert 'broken' in (tmp_path / 'quarantine.jsonl').read_text()
 
 def test_batch_must_divide_and_fit(tmp_path):
-    with pytest.raises(ValueError, match='batch_size 16 is not a multiple of 1 processes x micro_batch_size 5'):
-        run(tmp_path / 'a', micro_batch_size=5)
-    with pytest.raises(ValueError, match='batch_size=96: expected 1 to 80'): run(tmp_path / 'b', batch_size=96)
+    with pytest.raises(ValueError, match='micro_batch_size 5 does not divide the 16 samples .*; 4 does'): run(tmp_path, micro_batch_size=5)
+    with pytest.raises(ValueError, match='batch_size=96: expected 1 to 80'): run(tmp_path, batch_size=96)
+    with pytest.raises(TooManyBadClips): run(tmp_path, batch_size=8, broken=[1, 2, 3])
+    assert run(tmp_path, broken=[4, 5], bad_clip_limit=.025)[1]['quarantined'] == 2  # nothing of the failed attempts is in the way
+    assert json.loads((tmp_path / 'config.json').read_text())['batch_size'] == 16
+
+def test_closed_stdout_does_not_end_the_run(tmp_path):
+    command = f'{sys.executable} {WORKER} \'{json.dumps([{"folder": str(tmp_path), "log_every": 1}])}\' | true; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(['bash', '-c', command], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(tmp_path)) == 15 and (tmp_path / 'result.json').exists()
+
+def test_usage_names_the_module():
+    done = subprocess.run([sys.executable, '-m', 'umt.stage1', '--epoch', '3'], text=True, capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith('usage: python -m umt.stage1 ') and "did you mean '--epochs'?" in done.stderr
 
 def test_schedule_is_the_reference_s():
     config, per_epoch = override(CONFIG, batch_size=2048, lr=1.5e-4, min_lr=1e-5, warmup_lr=1e-6, epochs=200, warmup_epochs=40), 317

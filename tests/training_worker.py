@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from umt import training
-from umt.datasets import sample_key
+from umt.datasets import TooManyBadClips, sample_key
 from umt.training import TrainConfig, override, train
 
 CONFIG = TrainConfig(epochs=3, batch_size=16, micro_batch_size=8, lr=.16, min_lr=.01, warmup_epochs=1, clip_grad=1., log_every=4,
@@ -54,12 +54,17 @@ def run(folder, dropout=.1, kill_at=None, kill_on_sync=None, term_at=None, term_
     finally: training.sync_to_disk = keep
     return model, result
 
+def outcome(call):
+    "What a call comes to: its result, the message of an error that all processes share, or the code of a stop."
+    try: return run(**call)[1]
+    except (training.NonfiniteError, TooManyBadClips) as error: return str(error).split(' (all of them in')[0].split(':\n')[0]
+    except training.Preempted as stop: return stop.code
+
 if __name__ == '__main__':
     for call in json.loads(sys.argv[1]):
-        again, outcome = call.pop('again', False), []
-        try: outcome.append(run(**call)[1])
-        except training.NonfiniteError as error: outcome.append(str(error))
-        except training.Preempted as stop:
-            if not again: raise
-            outcome += [stop.code, run(**{**call, 'term_at': None})[1]]
-        Path(call['folder'], f'outcome-{os.environ.get("RANK", 0)}.json').write_text(json.dumps(outcome))
+        again = call.pop('again', None)  # changes for a second call after a stop
+        outcomes = [outcome(call)]
+        if outcomes == [75]:
+            if again is None: sys.exit(75)
+            outcomes.append(outcome({**call, 'term_at': None, **again}))
+        Path(call['folder'], f'outcome-{os.environ.get("RANK", 0)}.json').write_text(json.dumps(outcomes))

@@ -324,7 +324,8 @@ class Quarantine:
             unfinished.replace(self.path)
         if len(self) > self.limit * self.total:
             counts = f'{len(self)} of {self.total} clips cannot be decoded, more than {self.limit:.1%}'
-            raise TooManyBadClips(f'{counts} (all of them in {self.path}):\n{_listing(self.clips.values())}')
+            where = f' (all of them in {self.path})' if self.path else ''
+            raise TooManyBadClips(f'{counts}{where}:\n{_listing(self.clips.values())}')
 
 # %% ../nbs/02_datasets.ipynb #b194a1f6
 class StepSampler(Sampler):
