@@ -87,7 +87,7 @@ def launch(
 ):
     "`torchrun -m module args` on this machine; prints its lines. Raises RuntimeError with the last of them if it fails."
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes or os.cpu_count()}', '-m', module, *args]
-    last = deque(maxlen=30)
+    last = deque(maxlen=100)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_die_with_parent,
                           env={**os.environ, 'OMP_NUM_THREADS': str(threads)}) as process:
         try:

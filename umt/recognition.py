@@ -152,9 +152,9 @@ def finetune(
 
 # %% ../nbs/10_recognition.ipynb #42e5a409
 NANO_EMOJI = RecognitionConfig(
-    run_dir='runs/nano_emoji_action', data_root='runs/emoji_motion', train_list='action_train.csv', train_clips=400, val_list='action_test.csv', num_classes=10,
+    run_dir='runs/nano_emoji_action', data_root='runs/emoji_motion', train_list='action_train.csv', train_clips=256, val_list='action_test.csv', num_classes=10,
     num_frames=4, image_size=112, flip=False, student='nano', drop_path=0., pool_grid=(4, 3, 3), layer_decay=.75,
-    epochs=5, warmup_epochs=.5, batch_size=32, lr=8e-3, min_lr=8e-5, betas=(.9, .999), log_every=12)
+    epochs=5, warmup_epochs=.5, batch_size=16, lr=.016, min_lr=1.6e-4, betas=(.9, .999), log_every=20)
 PRESETS = dict(nano_emoji=NANO_EMOJI,
                quick_emoji=replace(NANO_EMOJI, train_clips=None, epochs=2, batch_size=8, log_every=4)) # runs through; learns nothing
 

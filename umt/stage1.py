@@ -64,7 +64,7 @@ B16_K710 = Stage1Config(
 NANO_EMOJI = Stage1Config(
     run_dir='runs/nano_emoji', data_root='runs/emoji_motion', train_list='action_train.csv', emoji_clips=2000, num_frames=4, image_size=112, flip=False,
     student='nano', drop_path=0., teacher='nano', teacher_weights=None, teacher_image_size=112, aligned_layers=3,
-    epochs=12, warmup_epochs=1, batch_size=64, lr=4e-3, min_lr=4e-5, log_every=31, checkpoint_every=124)
+    epochs=10, warmup_epochs=1, batch_size=16, lr=.048, min_lr=4.8e-4, log_every=125, checkpoint_every=500)
 
 # %% ../nbs/09_stage1.ipynb #a3c4a715
 PRESETS = dict(
