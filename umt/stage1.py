@@ -59,12 +59,13 @@ class Stage1Config(TrainConfig):
 # %% ../nbs/09_stage1.ipynb #dad287ce
 B16_K710 = Stage1Config(
     run_dir='runs/b16_k710', train_list='k710_train.csv', epochs=200, warmup_epochs=40, batch_size=2048, micro_batch_size=64, lr=1.5e-4, min_lr=1e-5,
-    betas=(.9, .95), weight_decay=.05, precision='fp16', num_workers=12)
+    betas=(.9, .95), weight_decay=.05, precision='fp16', num_workers=12, watts=400.) # an A100's limit, where its power cannot be read
 
 NANO_EMOJI = Stage1Config(
     run_dir='runs/nano_emoji', data_root='runs/emoji_motion', train_list='action_train.csv', emoji_clips=2000, num_frames=4, image_size=112, flip=False,
     student='nano', drop_path=0., teacher='nano', teacher_weights=None, teacher_image_size=112, aligned_layers=3,
-    epochs=10, warmup_epochs=1, batch_size=16, lr=.048, min_lr=4.8e-4, log_every=125, checkpoint_every=500)
+    epochs=10, warmup_epochs=1, batch_size=16, lr=.048, min_lr=4.8e-4, log_every=125, checkpoint_every=500,
+    watts=10.) # assumed for a laptop's core; a GPU's power is read where it can be
 
 # %% ../nbs/09_stage1.ipynb #a3c4a715
 PRESETS = dict(
