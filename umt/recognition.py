@@ -24,7 +24,7 @@ from .datasets import EvalSampler, VideoDataset, collate, read_manifest
 from .student import SIZES, Recognizer, pool_tokens, recognizer_from
 from .teacher import Teacher, embed_frames, load_teacher
 from .training import TrainConfig, free, from_cli, override, train, write_json
-from .video import eval_transform, pretrain_transform
+from .video import eval_transform, pretrain_transform, seeded
 
 # %% ../nbs/10_recognition.ipynb #e5870e4d
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +80,11 @@ def build_model(
     config: RecognitionConfig, # init, num_classes, sizes
 ) -> nn.Module: # a recogniser, on the CPU
     "The recogniser that `init` names; fresh parameters are drawn from the seed. Raises FileNotFoundError if there is no such student."
-    torch.manual_seed(config.seed)
-    if config.init == 'teacher': return FrameRecognizer(load_teacher(config.teacher, config.image_size, 1), config.num_classes, config.pool_grid)
     sizes = dict(image_size=config.image_size, num_frames=config.num_frames, drop_path=config.drop_path, pool_grid=config.pool_grid)
-    if config.init == 'scratch': return Recognizer(config.num_classes, patch_size=config.patch_size, **SIZES[config.student], **sizes)
-    return recognizer_from(load_model(config.init), config.num_classes, **sizes)
+    with seeded(config.seed):
+        if config.init == 'teacher': return FrameRecognizer(load_teacher(config.teacher, config.image_size, 1), config.num_classes, config.pool_grid)
+        if config.init == 'scratch': return Recognizer(config.num_classes, patch_size=config.patch_size, **SIZES[config.student], **sizes)
+        return recognizer_from(load_model(config.init), config.num_classes, **sizes)
 
 # %% ../nbs/10_recognition.ipynb #4db3e0aa
 def layer_groups(

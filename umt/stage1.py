@@ -7,6 +7,7 @@ __all__ = ['B16_K710', 'NANO_EMOJI', 'PRESETS', 'A100_FLOPS', 'Stage1Config', 'b
            'look', 'alignment', 'show_alignment', 'flops_per_clip', 'dry_run', 'pretrain', 'main']
 
 # %% ../nbs/09_stage1.ipynb #4c2d0f84
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from .objectives import uta_loss
 from .student import SIZES, Student
 from .teacher import Teacher, TeacherOutput, aligned_tokens, load_teacher, prepare_frames
 from .training import COMPUTE_DTYPE, TrainConfig, count_flops, free, from_cli, override, train
-from .video import denormalize, pretrain_transform
+from .video import denormalize, pretrain_transform, seeded
 
 # %% ../nbs/09_stage1.ipynb #dfbd914c
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +94,10 @@ def build_models(
 ) -> tuple[Teacher, Student]: # frozen teacher and fresh student, on the CPU
     "Load the teacher, make a student that fits it. Raises ValueError where their grids differ."
     teacher = load_teacher(config.teacher, config.teacher_image_size, config.aligned_layers, config.input_statistics, config.teacher_weights, COMPUTE_DTYPE[config.precision])
-    torch.manual_seed(config.seed)
-    student = Student(config.aligned_layers, teacher.target_dim, image_size=config.image_size, patch_size=config.patch_size, num_frames=config.num_frames,
-                      tubelet_size=config.tubelet_size, drop_path=config.drop_path, attention=config.attention, checkpoint_blocks=config.checkpoint_blocks,
-                      **SIZES[config.student])
+    sizes = dict(image_size=config.image_size, patch_size=config.patch_size, num_frames=config.num_frames, tubelet_size=config.tubelet_size, **SIZES[config.student])
+    with seeded(config.seed):
+        student = Student(config.aligned_layers, teacher.target_dim, drop_path=config.drop_path, attention=config.attention,
+                          checkpoint_blocks=config.checkpoint_blocks, **sizes)
     if student.encoder.grid[1] != teacher.grid:
         raise ValueError(f'the student has {student.encoder.grid[1]} patches per side, the teacher {teacher.grid}: '
                          f'image_size / patch_size must equal teacher_image_size / teacher patch ({config.image_size} / {config.patch_size}, {config.teacher_image_size} / {teacher.visual.patch_size[0]})')
@@ -198,7 +199,7 @@ def pretrain(
     dataset, (teacher, student) = build_dataset(config), build_models(config)
     flops = flops_per_clip(config, teacher, student)['total']
     result = train(config, student, dataset, alignment(config, teacher), frozen=(teacher,), flops_per_sample=flops)
-    save_config(student, config.run_dir)
+    if os.environ.get('RANK', '0') == '0': save_config(student, config.run_dir)
     return result
 
 # %% ../nbs/09_stage1.ipynb #ae7e1f78
