@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 import json
+import os
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from .checkpoints import load_model, save_config
 from .datasets import EvalSampler, VideoDataset, collate, read_manifest
 from .student import SIZES, Recognizer, pool_tokens, recognizer_from
 from .teacher import Teacher, embed_frames, load_teacher
-from .training import TrainConfig, free, from_cli, override, train, write_json
+from .training import TrainConfig, free, from_cli, train, write_json
 from .video import eval_transform, pretrain_transform, seeded
 
 # %% ../nbs/10_recognition.ipynb #e5870e4d
@@ -141,14 +142,15 @@ def finetune(
     dataset, val_dataset = build_datasets(config)
     model = build_model(config)
     result = train(config, model, dataset, classification(config), param_groups=layer_groups(model, config.weight_decay, config.layer_decay))
-    if isinstance(model, Recognizer): save_config(model, config.run_dir)
-    path = Path(config.run_dir)/'evaluation.json'
-    if not path.exists():
-        probabilities, labels = predict(model, val_dataset, config.eval_batch_size, config.num_workers)
-        predicted = probabilities.argmax(1)
-        confusion = torch.bincount(labels * config.num_classes + predicted, minlength=config.num_classes**2).view(-1, config.num_classes)
-        write_json(path, {'top1': (predicted == labels).float().mean().item(), 'num_clips': len(labels), 'confusion': confusion.tolist()})
-    return result | json.loads(path.read_text())
+    path, main = Path(config.run_dir)/'evaluation.json', os.environ.get('RANK', '0') == '0'
+    if main and isinstance(model, Recognizer): save_config(model, config.run_dir)
+    if path.exists(): return result | json.loads(path.read_text())
+    probabilities, labels = predict(model, val_dataset, config.eval_batch_size, config.num_workers)
+    predicted = probabilities.argmax(1)
+    confusion = torch.bincount(labels * config.num_classes + predicted, minlength=config.num_classes**2).view(-1, config.num_classes)
+    evaluation = {'top1': (predicted == labels).float().mean().item(), 'num_clips': len(labels), 'confusion': confusion.tolist()}
+    if main: write_json(path, evaluation)
+    return result | evaluation
 
 # %% ../nbs/10_recognition.ipynb #42e5a409
 NANO_EMOJI = RecognitionConfig(
