@@ -86,7 +86,8 @@ def build_dataset(
     root = Path(config.data_root)
     if config.emoji_clips: emoji_motion.generate(root, {'train': config.emoji_clips, 'val': config.emoji_clips // 4, 'test': config.emoji_clips // 4})
     manifest = read_manifest(root/config.train_list, root=root)
-    return VideoDataset(manifest, config.num_frames, config.sampling, pretrain_transform(config.image_size, flip=config.flip), seed=config.seed)
+    return VideoDataset(manifest, config.num_frames, config.sampling, pretrain_transform(config.image_size, flip=config.flip),
+                        seed=config.seed, num_sample=config.num_sample)
 
 # %% ../nbs/09_stage1.ipynb #44667a2e
 def build_models(
