@@ -84,7 +84,7 @@ def finetune_transform(
     std: tuple[float, ...] = IMAGENET_STD, # per channel
 ) -> v2.Transform: # from uint8 [T,3,H,W] to float [3,T,size,size]
     "Fine-tuning's augmentation: RandAugment, random resized crop, flip, normalise, random erasing"
-    return v2.Compose([*[RandAugment(rand_augment)] * (rand_augment is not None), v2.ToDtype(torch.float32, scale=True),
+    return v2.Compose([*([RandAugment(rand_augment)] if rand_augment else []), v2.ToDtype(torch.float32, scale=True),
                        v2.RandomResizedCrop(size, scale, antialias=False), *[v2.RandomHorizontalFlip()] * flip,
                        *_to_video(mean, std), *[RandomErasing(random_erasing)] * (random_erasing > 0)])
 
