@@ -45,7 +45,7 @@ class RandAugment(v2.Transform):
         interpolation: str = 'bicubic', # of rotation, shear and translation: 'nearest', 'bilinear' or 'bicubic'
     ):
         super().__init__()
-        if not re.fullmatch(r'rand(-(m\d+|n\d+|p[\d.]+|mstd[\d.]+|mmax\d+|inc[01]|t(weights|3a|3aw)))*', config):
+        if not re.fullmatch(r'rand(-((m|n|mmax)\d+|(p|mstd)\d+(\.\d+)?|inc[01]|t(weights|3a|3aw)))*', config):
             raise ValueError(f"config {config!r}: expected timm's notation, as in 'rand-m7-n4-mstd0.5-inc1'")
         if interpolation not in ('nearest', 'bilinear', 'bicubic'):
             raise ValueError(f"interpolation {interpolation!r}: expected 'nearest', 'bilinear' or 'bicubic'")
@@ -110,27 +110,29 @@ def crop_views(
     if num_crops < 1: raise ValueError(f'num_crops={num_crops}: expected 1 or more')
     return v2.Compose([v2.Resize(size, antialias=False), *_to_video(mean, std), v2.Lambda(partial(_crops, size=size, num_crops=num_crops))])
 
-# %% ../nbs/11_augmentation.ipynb #094b3335
+# %% ../nbs/11_augmentation.ipynb #da1620b0
 class Mixup:
-    "Mix every clip of a batch with the one at the mirrored place of the batch: blend them, or paste a box that is the same in all frames"
+    "Mix every clip of a batch with the one at the mirrored place: blend the two, or paste a box that is the same in all frames"
     def __init__(self,
         num_classes: int, # length of the targets
         mixup: float = .8, # blending weights are from Beta(mixup, mixup); 0: never blend
-        cutmix: float = 1., # kept areas are from Beta(cutmix, cutmix); 0: never paste
+        cutmix: float = 1., # areas that stay are from Beta(cutmix, cutmix); 0: never paste
         prob: float = 1., # share of the batches that are mixed at all
         switch_prob: float = .5, # share of cutmix among them, if both are on
         label_smoothing: float = .1, # share of a target spread over all classes
     ):
         if min(mixup, cutmix) < 0: raise ValueError(f'mixup={mixup}, cutmix={cutmix}: expected 0 or more')
+        for name, share in dict(prob=prob, switch_prob=switch_prob, label_smoothing=label_smoothing).items():
+            if not 0 <= share <= 1: raise ValueError(f'{name}={share}: expected 0 to 1')
         self.mix = timm_mixup.Mixup(mixup, cutmix, None, prob, switch_prob, 'batch', True, label_smoothing, num_classes)
         self.mix.mixup_enabled = mixup > 0 or cutmix > 0
 
     def __call__(self,
-        video: torch.Tensor, # float [B, 3, T, H, W], any device; not changed
+        video: torch.Tensor, # float [B, 3, T, H, W], on any device; not changed
         label: torch.Tensor, # int64 [B]
-    ) -> tuple[torch.Tensor, torch.Tensor]: # videos like the first, soft targets float [B, num_classes]
-        "A mixed batch. The draws come from torch's global CPU generator. `ValueError` for an odd batch, whose middle clip would mix with itself"
+    ) -> tuple[torch.Tensor, torch.Tensor]: # mixed clips, soft targets float [B, num_classes]
+        "Mix a batch; the draws come from torch's global CPU generator. `ValueError` for an odd number of clips, whose middle one has no partner"
         if not self.mix.mixup_enabled: return video, timm_mixup.mixup_target(label, self.mix.num_classes, 1., self.mix.label_smoothing)
-        if len(video) % 2: raise ValueError(f'a batch of {len(video)} clips: mixup needs an even number on every device')
+        if len(video) % 2: raise ValueError(f'{len(video)} clips: mixup pairs them up and needs an even number in every micro-batch')
         with _global_seed(_draw_seed()): mixed, target = self.mix(video.flatten(1, 2).clone(), label)
         return mixed.view_as(video), target
