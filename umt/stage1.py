@@ -72,6 +72,8 @@ NANO_EMOJI = Stage1Config(
 PRESETS = dict(
     nano_emoji=NANO_EMOJI,
     quick_emoji=replace(NANO_EMOJI, run_dir='runs/quick_emoji', emoji_clips=32, epochs=2, warmup_epochs=1, batch_size=8, log_every=2), # runs through; learns nothing
+    small_emoji=replace(NANO_EMOJI, run_dir='runs/small_emoji', emoji_clips=20_000, num_frames=8, student='small', drop_path=.1, epochs=20, warmup_epochs=2, batch_size=128,
+                        lr=.002, min_lr=2e-5, precision='bf16', num_workers=12, log_every=100, watts=None), # for one GPU
     b16_k710=B16_K710,
     l16_k710=replace(B16_K710, run_dir='runs/l16_k710', student='large', drop_path=.2, teacher='ViT-L-14-quickgelu', teacher_image_size=196),
     b16_k400=replace(B16_K710, run_dir='runs/b16_k400', train_list='k400_train.csv'), # inferred: the K710 recipe on another list

@@ -626,16 +626,22 @@ class Log:
 # %% ../nbs/08_training.ipynb #69252628
 class Preempted(SystemExit):
     "The run was asked to stop and has saved its state; the process ends with code 75 unless somebody catches this."
-    def __init__(self): super().__init__(75)
+    def __init__(self,
+        signals: tuple[int, ...] = (), # that this process received; another one may have received others
+    ):
+        super().__init__(75)
+        self.signals = tuple(signals)
 
 # %% ../nbs/08_training.ipynb #ceec395e
 @contextmanager
 def stop_signals():
     "Within the context SIGTERM and SIGUSR1 are noted: yields a list that is empty until one arrives. Does nothing outside the main thread."
-    received = []
+    received, first = [], math.inf
     def note(number, frame):
-        if received and time.monotonic() - received[0] > 1: os._exit(128 + number)
-        received.append(time.monotonic())
+        nonlocal first
+        first = min(first, time.monotonic())
+        if time.monotonic() - first > 1: os._exit(128 + number)
+        received.append(number)
     numbers = (signal.SIGTERM, signal.SIGUSR1) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, note) for number in numbers}
     try: yield received
@@ -899,7 +905,7 @@ def train(
                 done = step + 1
                 if done % config.log_every == 0 or done == s.steps: record = log_step(s, done)
                 if done < s.steps and (s.guard.stop or done % config.checkpoint_every == 0): save_step(s, done)
-                if done < s.steps and s.guard.stop: raise Preempted
+                if done < s.steps and s.guard.stop: raise Preempted(stop)
             return finish(s, record, flops_per_sample, peak)
         finally:
             if s.log: s.log.close()
