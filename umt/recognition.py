@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NANO_EMOJI', 'NANO_LINEAR', 'PRESETS', 'RecognitionConfig', 'FrameRecognizer', 'build_model', 'layer_groups',
            'view_indices', 'cut_views', 'ViewDataset', 'build_datasets', 'gather_rows', 'predict', 'summary',
-           'evaluate', 'classification', 'FeatureDataset', 'fingerprint', 'extract_features', 'fold', 'linear_probe',
+           'evaluate', 'classification', 'FeatureDataset', 'fingerprint', 'extract_features', 'linear_probe',
            'finetune', 'show_confusion', 'main']
 
 # %% ../nbs/12_recognition.ipynb #dd3ae02b
@@ -281,19 +281,6 @@ def extract_features(
         accelerator.wait_for_everyone()
     return load_file(path)
 
-# %% ../nbs/12_recognition.ipynb #39e8b0be
-@torch.no_grad()
-def fold(
-    probe: nn.Linear, # trained on (features - mean) * scale
-    mean: Tensor, # [D]
-    scale: Tensor, # [D]
-    head: nn.Linear, # is to do the same to the features themselves; changed in place
-):
-    "Multiply a standardisation into a linear layer."
-    weight = probe.weight.double().cpu() * scale.double()
-    head.weight.copy_(weight)
-    head.bias.copy_(probe.bias.double().cpu() - weight @ mean.double())
-
 # %% ../nbs/12_recognition.ipynb #894f09a7
 def linear_probe(
     config: RecognitionConfig, # of the run
@@ -303,12 +290,7 @@ def linear_probe(
     "Train the classifier alone. The loop's files are in `run_dir/probe`; `run_dir` gets the whole model."
     run, accelerator = Path(config.run_dir), start_accelerator()
     table = extract_features(config, model, manifest, accelerator)
-    mean, scale = table['features'].mean(0), (table['features'].var(0, correction=0) + 1e-5).rsqrt()
-    table['features'].sub_(mean).mul_(scale)
-    probe = nn.Linear(len(mean), config.num_classes)
-    for parameter in probe.parameters(): nn.init.zeros_(parameter)
-    result = train(replace(config, run_dir=str(run/'probe')), probe, FeatureDataset(table), classification(config, 'features'))
-    fold(probe, mean, scale, model.head)
+    result = train(replace(config, run_dir=str(run/'probe')), model.head, FeatureDataset(table), classification(config, 'features'))
     if accelerator.is_main_process:
         write_json(run/'config.json', config_dict(config))
         with complete(run/'model.safetensors') as temporary: save_file(unshared(model.state_dict()), temporary)
@@ -332,7 +314,7 @@ NANO_EMOJI = RecognitionConfig(
     num_frames=4, image_size=112, flip=False, student='nano', drop_path=0., pool_grid=(4, 3, 3), layer_decay=.75,
     epochs=5, warmup_epochs=.5, batch_size=16, lr=.016, min_lr=1.6e-4, betas=(.9, .999), log_every=20)
 NANO_LINEAR = replace(NANO_EMOJI, run_dir='runs/nano_linear', mode='linear', train_clips=None, label_smoothing=0.,
-                      epochs=50, warmup_epochs=0., batch_size=250, lr=.001, min_lr=0., checkpoint_every=100)
+                      epochs=50, warmup_epochs=0., batch_size=250, lr=.01, min_lr=0., log_every=40, checkpoint_every=100)
 PRESETS = dict(nano_emoji=NANO_EMOJI,
                quick_emoji=replace(NANO_EMOJI, train_clips=None, epochs=2, batch_size=8, log_every=4), # runs through; learns nothing
                nano_linear=NANO_LINEAR)
