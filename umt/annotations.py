@@ -105,8 +105,8 @@ def _label(
     "The number of a row's class; `ValueError` if it has none, or it is unknown"
     name = row.get('label')
     if name in (None, ''): raise ValueError(f'no class in {str(row)[:100]}')
-    if name in index: return index[name]
-    raise ValueError(f'class {name!r} is none of the {len(index)}{_nearest(name, tuple(index))}')
+    if str(name) in index: return index[str(name)]
+    raise ValueError(f'class {name!r} is none of the {len(index)}{_nearest(str(name), tuple(index))}')
 
 # %% ../nbs/10_annotations.ipynb #fd5f1a25
 def _path(
@@ -125,7 +125,8 @@ def _layout_fields(
     rows: Sequence[tuple[int, dict | str]], # tidy
 ) -> list[str]: # names in it
     "`ValueError` for a layout with a field that no row has"
-    fields, known = [name for _, name, _, _ in Formatter().parse(layout) if name is not None], {name for _, row in rows if isinstance(row, dict) for name in row}
+    fields = [name for _, name, _, _ in Formatter().parse(layout) if name is not None]
+    known = {name for _, row in rows if isinstance(row, dict) for name in row}
     if 'label' in known: known.add('class_folder')
     if known and not known.issuperset(fields): raise ValueError(f'layout {layout!r}: expected fields among {sorted(known)}')
     return fields
@@ -145,16 +146,16 @@ def _tidy_rows(
 
 def _class_names(
     kind: str, # of `KINDS`
-    rows: list[tuple[int, dict | str]], # tidy
+    found: list[str], # classes of the rows
     classes: str | Path | Sequence[str] | None, # class file, names, or None
 ) -> list[str] | None: # in label order
     "The class names that labels count. `ValueError` where they have to be given"
     if isinstance(classes, (str, Path)): return read_classes(classes)
     if classes is not None and len(set(classes)) < len(classes): raise ValueError(f'classes: expected different names, found {list(classes)!r:.200}')
     if classes is not None: return list(classes)
-    found = {row['label'] for _, row in rows if isinstance(row, dict) and row.get('label')} if kind != 'list' else ()
-    if found and kind != 'kinetics': raise ValueError(f'{kind}: classes are needed, the file {dict(ssv2="labels.json", mit="moments_categories.txt")[kind]} of the data set')
-    return sorted(found) or None
+    if found and kind in ('ssv2', 'mit'):
+        raise ValueError(f'{kind}: classes are needed, the file {dict(ssv2="labels.json", mit="moments_categories.txt")[kind]} of the data set')
+    return sorted(set(found)) if found and kind == 'kinetics' else None
 
 # %% ../nbs/10_annotations.ipynb #fbffb660
 def _manifest(
@@ -177,16 +178,16 @@ def read_annotations(
     file: str | Path, # annotations, as published
     root: str | Path, # folder of the clips
     classes: str | Path | Sequence[str] | None = None, # class file or names; None: 'list' has none, 'kinetics' takes the sorted names of this file
-    layout: str | None = None, # format string of a clip's path, e.g. 'val/{label}/{youtube_id}.mp4'; None: see the table above
+    layout: str | None = None, # format string of a clip's path, e.g. 'val/{label}/{youtube_id}.mp4'; None: as published
     first_id: int = 0, # sample id of the first row; ids of all data sets in a run must differ
 ) -> tuple[Manifest, list[str] | None]: # clips in the file's order, and class names in label order
     "Read an official annotation file; a test list without labels gets -1. `ManifestError` lists every malformed row with its line"
     if kind not in _FORMATS: raise ValueError(f'kind {kind!r}: expected one of {KINDS}')
     file, root, layout = Path(file), os.path.abspath(root), layout or _FORMATS[kind].layout
     rows, good, bad = _tidy_rows(kind, file), [], []
-    names, fields = _class_names(kind, rows, classes), _layout_fields(layout, rows)
+    labelled = [str(row['label']) for _, row in rows if isinstance(row, dict) and row.get('label') not in (None, '')]
+    names, fields = _class_names(kind, labelled, classes), _layout_fields(layout, rows)
     index = {name: i for i, name in enumerate(names or ())}
-    labelled = any(row.get('label') for _, row in rows if isinstance(row, dict))
     for line, row in rows:
         try:
             if isinstance(row, str): raise ValueError(row)
