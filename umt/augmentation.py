@@ -83,7 +83,7 @@ def finetune_transform(
     mean: tuple[float, ...] = IMAGENET_MEAN, # per channel, of values in 0..1
     std: tuple[float, ...] = IMAGENET_STD, # per channel
 ) -> v2.Transform: # from uint8 [T,3,H,W] to float [3,T,size,size]
-    "Fine-tuning's augmentation: RandAugment, random resized crop, flip, normalise, random erasing"
+    "Fine-tuning's augmentation: RandAugment, random resized crop, flip, normalise, random erasing. `ValueError` for an unknown `rand_augment`"
     return v2.Compose([*([RandAugment(rand_augment)] if rand_augment else []), v2.ToDtype(torch.float32, scale=True),
                        v2.RandomResizedCrop(size, scale, antialias=False), *[v2.RandomHorizontalFlip()] * flip,
                        *_to_video(mean, std), *[RandomErasing(random_erasing)] * (random_erasing > 0)])
@@ -106,7 +106,7 @@ def crop_views(
     mean: tuple[float, ...] = IMAGENET_MEAN, # per channel, of values in 0..1
     std: tuple[float, ...] = IMAGENET_STD, # per channel
 ) -> v2.Transform: # from uint8 [T,3,H,W] to float [num_crops,3,T,size,size]
-    "The spatial views of a test clip; nothing random"
+    "The spatial views of a test clip; nothing random. `ValueError` for less than one"
     if num_crops < 1: raise ValueError(f'num_crops={num_crops}: expected 1 or more')
     return v2.Compose([v2.Resize(size, antialias=False), *_to_video(mean, std), v2.Lambda(partial(_crops, size=size, num_crops=num_crops))])
 
