@@ -1,0 +1,19 @@
+"A module that can be run (as `umt.stage1` can), which waits and writes down what it meets."
+import json, time
+from pathlib import Path
+
+from umt.training import Preempted, stop_signals
+
+
+def main(argv):
+    config = json.loads(Path(argv[1]).read_text())
+    with open(Path(argv[1]).with_name('said'), 'a', buffering=1) as said, stop_signals() as stop:
+        said.write('start\n')
+        end = time.monotonic() + config['seconds']
+        while time.monotonic() < end:
+            time.sleep(.05)
+            if stop:
+                said.write('saved\n')
+                raise Preempted(stop)
+        if config.get('fail'): raise ValueError('as asked')
+        said.write('end\n')
