@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED_GRID', 'WeightsError', 'read_state_dict', 'LoadReport', 'published_names', 'load_strictly', 'to_published',
            'save_published', 'encoder_sizes', 'load_student', 'grid_of_table', 'keep_positions', 'load_recognizer',
-           'save_config', 'save_model', 'load_model']
+           'load_published', 'load_teacher', 'save_config', 'save_model', 'load_model']
 
 # %% ../nbs/07_checkpoints.ipynb #f44546f6
 import json
@@ -18,8 +18,8 @@ from pickle import UnpicklingError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from . import teacher
 from .student import SIZES, Recognizer, Student, position_table, resize_positions
-from .teacher import load_teacher
 
 # %% ../nbs/07_checkpoints.ipynb #8122056e
 class WeightsError(ValueError):
@@ -106,7 +106,8 @@ PUBLISHED_GRID = (8, 14, 14)  # 8 frames at 224 pixels: the grid of both publish
 def to_published(
     model: Student | Recognizer, # one of our modules
 ) -> dict[str, torch.Tensor]: # copies, on the CPU
-    "State dict under the names, in the order and with the shapes of the reference's files"
+    "State dict under the names, in the order and with the shapes of the reference's files. Raises ValueError for a readout that the reference does not have"
+    if model.config.get('pool_grid', (1, 1, 1)) != (1, 1, 1): raise ValueError(f"pool_grid {model.config['pool_grid']}: the published form has no such readout")
     tensors = model.state_dict()
     state = {name: tensors[ours].cpu().clone() for name, ours in published_names(model).items() if name != 'pos_embed'}
     if isinstance(model, Student): return state
@@ -184,23 +185,52 @@ def load_recognizer(
 ) -> Recognizer: # ready to use
     "A recogniser with published fine-tuned weights; prints a LoadReport. Raises WeightsError unless everything is accounted for"
     state = read_state_dict(path)
-    sizes = encoder_sizes(state, '', num_heads, path)
-    if 'head.weight' not in state: raise WeightsError(f"{path}: no 'head.weight', so not a fine-tuned recogniser")
-    table = state.pop('pos_embed').flatten(0, -2).float() if 'pos_embed' in state else None
+    prefix = next((p for p in ('backbone.', 'encoder.') if all(name.startswith(p) for name in state)), '')
+    sizes = encoder_sizes(state, prefix, num_heads, path)
+    if f'{prefix}head.weight' not in state: raise WeightsError(f"{path}: no '{prefix}head.weight', so not a fine-tuned recogniser")
+    table = state.pop(f'{prefix}pos_embed').flatten(0, -2).float() if f'{prefix}pos_embed' in state else None
     stored = PUBLISHED_GRID if table is None else grid_of_table(table)
     if stored is None and None in (image_size, num_frames):
         raise WeightsError(f'{path}: pos_embed {list(table.shape)} fits no grid of the published positions, pass image_size and num_frames')
     sizes |= dict(image_size=image_size or stored[1] * sizes['patch_size'], num_frames=num_frames or stored[0] * sizes['tubelet_size'])
-    model = Recognizer(len(state['head.weight']), base_grid=PUBLISHED_GRID, **sizes, **encoder)
+    model = Recognizer(len(state[f'{prefix}head.weight']), base_grid=PUBLISHED_GRID, **sizes, **encoder)
     grid = model.encoder.grid
     if table is not None:
         stored = stored or grid
         expected = [prod(stored), sizes['embed_dim']]
         if list(table.shape) != expected: raise WeightsError(f'{path}: pos_embed is {list(table.shape)}, {stored} needs {expected}')
-        state['pos_embed'] = resize_positions(table, stored, grid)
-        keep_positions(model, state['pos_embed'])
+        state[f'{prefix}pos_embed'] = resize_positions(table, stored, grid)
+        keep_positions(model, state[f'{prefix}pos_embed'])
     interpolated = () if grid == stored else (f'positions {stored} -> {grid}',)
-    print(load_strictly(model, state, published_names(model), path, interpolated))
+    print(load_strictly(model, state, {prefix + name: ours for name, ours in published_names(model).items()}, path, interpolated))
+    return model
+
+# %% ../nbs/07_checkpoints.ipynb #9c51157b
+def load_published(
+    path: str | Path, # a Stage-1 or a fine-tuned file of the reference
+    image_size: int | None = None, # of a recogniser, see `load_recognizer`; a student is as it was pre-trained, 8 frames at 224 pixels
+    num_frames: int | None = None, # the same
+    num_heads: int | None = None, # attention heads; None = as the width has it in `SIZES`
+) -> Student | Recognizer: # ready to use
+    "A published model of either kind; prints a LoadReport. Raises WeightsError unless everything is accounted for"
+    if any(name.startswith('clip_decoder.') for name in read_state_dict(path)): return load_student(path, num_heads=num_heads)
+    return load_recognizer(path, image_size, num_frames, num_heads)
+
+# %% ../nbs/07_checkpoints.ipynb #119eff50
+def load_teacher(
+    path: str | Path, # a weights file; or what else `umt.teacher.load_teacher` takes
+    image_size: int | None = None, # pixels; None = as trained
+    aligned_layers: int | None = None, # K; None = 6, or as many as there are
+    **options, # of `umt.teacher.load_teacher`: `input_statistics`, `pretrained`, `dtype`
+) -> teacher.Teacher: # on the CPU, frozen, in eval mode
+    "A CLIP as teacher; prints a LoadReport for a file. Raises WeightsError unless every tensor of its visual half is accounted for"
+    if not Path(path).is_file(): return teacher.load_teacher(path, image_size, aligned_layers, **options)
+    state = teacher.read_visual(path)
+    try: model = teacher.load_teacher(path, image_size, aligned_layers, **options)
+    except (RuntimeError, KeyError) as error: raise WeightsError(f'{path}: not the visual half of a CLIP ({error})') from error
+    old, new = state['positional_embedding'], model.visual.positional_embedding.detach()
+    interpolated = () if len(old) == len(new) else (f'positional_embedding {len(old) - 1} -> {len(new) - 1} patches',)
+    print(load_strictly(model.visual, state | dict(positional_embedding=new), {name: name for name in model.visual.state_dict()}, path, interpolated))
     return model
 
 # %% ../nbs/07_checkpoints.ipynb #628c4bdb
@@ -225,8 +255,9 @@ def save_model(
 def load_model(
     folder: str | Path, # with `model.json` and `model.safetensors`
 ) -> Student | Recognizer: # ready to use
-    "The module that is saved in a folder. Raises WeightsError unless everything is accounted for"
+    "The module that is saved in a folder. Raises FileNotFoundError if there is none, WeightsError unless everything is accounted for"
     folder = Path(folder)
+    if not (folder/'model.json').exists(): raise FileNotFoundError(f'{folder}: no model.json, so not the folder of a saved model or a finished run')
     config = json.loads((folder/'model.json').read_text())
     kind, known = config.pop('model', None), dict(Student=Student, Recognizer=Recognizer)
     if kind not in known: raise WeightsError(f"{folder/'model.json'}: 'model' must be one of {list(known)}, got {kind!r}")
