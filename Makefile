@@ -28,7 +28,7 @@ quickstart: install
 # Everything that CI runs: the library notebooks, then the tests (repository checks and the experiments' quick runs among them).
 test: dev
 	OMP_NUM_THREADS=1 timeout 1800 $(BIN)/nbdev_test --file_re '\d\d_.*' --n_workers 2 --timing
-	OMP_NUM_THREADS=1 timeout 3000 $(BIN)/python -m pytest tests -n 2 --dist loadgroup -q --durations 10
+	OMP_NUM_THREADS=1 timeout 3000 $(BIN)/python -m pytest tests -n 2 --dist loadfile -q --durations 10
 
 # What must be run after editing notebooks; the tests fail where it would change something.
 docs-sync: dev

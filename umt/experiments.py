@@ -144,8 +144,8 @@ PRESETS = dict(
     quick=_emoji(stage1.PRESETS['quick_emoji'], replace(recognition.PRESETS['nano_linear'], epochs=2, batch_size=16)),
     small_emoji=_emoji(stage1.PRESETS['small_emoji'], replace(recognition.PRESETS['nano_emoji'], num_frames=8, train_clips=4000, drop_path=.1, epochs=20, warmup_epochs=2,
                                                               batch_size=64, lr=.004, min_lr=4e-5, precision='bf16', num_workers=12)),
-    b16_paper={'K400': Chain(stage1.PRESETS['b16_k400'], replace(recognition.PRESETS.get('b16_k710', recognition.PRESETS['nano_emoji']), num_classes=400)),
-               'SSV2': Chain(stage1.PRESETS['b16_ssv2'], recognition.PRESETS.get('b16_ssv2', recognition.PRESETS['nano_emoji']))})
+    b16_paper={'K400': Chain(stage1.PRESETS['b16_k400'], replace(recognition.PRESETS['b16_k710'], train_list='k400_train.csv', val_list='k400_val.csv', classes=None, num_classes=400)),
+               'SSV2': Chain(stage1.PRESETS['b16_ssv2'], recognition.PRESETS['b16_ssv2'])})
 
 # %% ../nbs/14_experiments.ipynb #3e29c35d
 def preset(
@@ -233,12 +233,12 @@ def run(
 
 # %% ../nbs/14_experiments.ipynb #3ff76c5a
 def _origin(folders: Sequence[Path]) -> dict:
-    "Commit, hardware and hours of the runs behind one number."
-    def read(folder, name): return json.loads((folder/name).read_text()) if (folder/name).exists() else None
-    starts = [s for f in folders for s in read(f, 'environment.json') or []]
+    "Commit, hardware and training hours of the runs behind one number."
+    def read(name): return [json.loads(file.read_text()) for folder in folders for file in folder.rglob(name)]
+    starts = [start for file in read('environment.json') for start in file]
     commits = {s['git']['commit'][:10] + ('+' if s['git']['changed_files'] else '') for s in starts if s.get('git')}
-    hours = sum((read(f, 'result.json') or {}).get('device_hours') or 0. for f in folders)
-    return dict(commit=', '.join(sorted(commits)), hardware=', '.join(sorted({s['device'] for s in starts})), device_hours=hours)
+    return dict(commit=', '.join(sorted(commits)), hardware=', '.join(sorted({s['device'] for s in starts})),
+                device_hours=sum(result.get('device_hours') or 0. for result in read('result.json')))
 
 def values(
     planned: Plan, # of `run`
@@ -248,7 +248,7 @@ def values(
 ) -> dict[int, float]: # seed -> value, of the seeds that are done
     "One number per seed."
     files = {seed: planned.folders[row, task, seed][-1]/'evaluation.json' for seed in planned.seeds}
-    return {seed: json.loads(f.read_text())[metric] for seed, f in files.items() if f.exists()}
+    return {seed: json.loads(f.read_text())[metric] for seed, f in files.items() if f.with_name('done.json').exists()}
 
 # %% ../nbs/14_experiments.ipynb #37b330e7
 def table(

@@ -8,7 +8,7 @@ import submitit
 from cluster import cluster, missing, state, wait_until
 from slurm_tasks import all_ranks, place, save_slowly
 
-pytestmark = [pytest.mark.xdist_group('slurm'), pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)
 
 @pytest.fixture
 def executor(slurm, tmp_path):

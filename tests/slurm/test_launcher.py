@@ -11,7 +11,7 @@ from cluster import state, wait_until
 from umt import experiments
 from umt.launchers import Job, cancel, follow, make_launcher, prepare, queue, queued_as
 
-pytestmark = [pytest.mark.xdist_group('slurm'), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 OPTIONS = dict(tasks_per_node=2, minutes=30, seconds=1.)
 
 
@@ -55,7 +55,7 @@ def test_requeued_experiment_ends_with_the_same_weights(slurm, tmp_path):
     planned.check()
     assert queued_as(job) == name, 'submitted a second time'
     first, second, third = starts(pretrained)
-    assert 0 == first < second < third < 160 and starts(task) == [0]
+    assert 0 == first < second < third < 160
     for a, b in zip(straight.folders['semantic', 'action', 0], (pretrained, task)):
         assert a.name == b.name
         a, b = load_file(a/'model.safetensors'), load_file(b/'model.safetensors')
