@@ -140,7 +140,7 @@ def _emoji(pretrain: Stage1Config, task: RecognitionConfig) -> dict[str, Chain]:
 
 # %% ../nbs/14_experiments.ipynb #f2be226b
 PRESETS = dict(
-    nano_emoji=_emoji(replace(stage1.PRESETS['nano_emoji'], emoji_clips=4000, epochs=2, warmup_epochs=.2), replace(recognition.PRESETS['nano_linear'], train_clips=2000)),
+    nano_emoji=_emoji(replace(stage1.PRESETS['nano_emoji'], emoji_clips=4000, epochs=1, warmup_epochs=.1), replace(recognition.PRESETS['nano_linear'], train_clips=2000)),
     quick=_emoji(stage1.PRESETS['quick_emoji'], replace(recognition.PRESETS['nano_linear'], epochs=2, batch_size=16)),
     small_emoji=_emoji(stage1.PRESETS['small_emoji'], replace(recognition.PRESETS['nano_emoji'], num_frames=8, train_clips=4000, drop_path=.1, epochs=20, warmup_epochs=2,
                                                               batch_size=64, lr=.004, min_lr=4e-5, precision='bf16', num_workers=12)),
