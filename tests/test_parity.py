@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from umt.checkpoints import (PUBLISHED_GRID, WeightsError, load_model, load_recognizer, load_student, load_teacher, published_names,
+from umt.checkpoints import (PUBLISHED_GRID, WeightsError, load_model, load_published, load_recognizer, load_student, load_teacher, published_names,
                              read_state_dict, save_model, save_published, to_published)
 from umt.objectives import uta_loss
 from umt.student import SIZES, Recognizer, Student, position_table
@@ -104,6 +104,38 @@ def test_sixteen_frames(tmp_path):
     assert_close(load_recognizer(tmp_path/'f16.pth').encoder.positions, original.encoder.positions, rtol=0, atol=1e-3)
     eight = load_recognizer(tmp_path/'f16.pth', num_frames=8)
     assert eight.encoder.grid == PUBLISHED_GRID
+
+
+@pytest.mark.parametrize('prefix', ['', 'backbone.', 'encoder.'])
+def test_fine_tuned_files_under_a_prefix(tiny, tmp_path, capsys, prefix):
+    "As training code wraps them; the report says where each tensor came from"
+    io, state = load_file(tiny/'finetuned_io.safetensors'), read_state_dict(tiny/'finetuned.pth')
+    torch.save(dict(model={prefix + name: tensor for name, tensor in state.items()}), tmp_path/'file.pth')
+    model = load_published(tmp_path/'file.pth', num_heads=sizes(tiny)['num_heads']).eval()
+    assert_close(model(io['video']), io['logits'], **close)
+    report = capsys.readouterr().out
+    assert f'loaded        {len(state):3}' in report and 'missing         0' in report
+    torch.save({prefix + name: tensor for name, tensor in state.items() if name != 'fc_norm.bias'}, tmp_path/'file.pth')
+    with pytest.raises(WeightsError, match=f'missing         1  {prefix}fc_norm.bias'): load_published(tmp_path/'file.pth', num_heads=sizes(tiny)['num_heads'])
+
+
+def test_stage1_files_are_known_by_their_keys(tiny):
+    assert type(load_published(tiny/'stage1_student.pth', num_heads=sizes(tiny)['num_heads'])) is Student
+
+
+def test_teacher_report(tiny, tmp_path, capsys):
+    "Strict, like the others"
+    layers, state = sizes(tiny), read_state_dict(tiny/'clip_visual.pth')
+    teacher = load_teacher(tiny/'clip_visual.pth', aligned_layers=2)
+    assert f'loaded        {len(state):3}' in capsys.readouterr().out
+    patch = teacher.visual.patch_size[0]
+    assert load_teacher(tiny/'clip_visual.pth', image_size=3 * patch, aligned_layers=2).grid == 3
+    assert f'interpolated    1  positional_embedding {(layers["image_size"] // 16)**2} -> 9 patches' in capsys.readouterr().out
+    name = next(k for k in state if k.endswith('ln_post.bias'))
+    torch.save({k: v for k, v in state.items() if k != name}, tmp_path/'clip.pth')
+    with pytest.raises(WeightsError, match='ln_post.bias'): load_teacher(tmp_path/'clip.pth')
+    torch.save(state | {name.replace('ln_post', 'ln_extra'): state[name]}, tmp_path/'clip.pth')
+    with pytest.raises(WeightsError, match='ln_extra.bias'): load_teacher(tmp_path/'clip.pth')
 
 
 # Golden numbers of B/16: weights from a recipe, so that no file is needed

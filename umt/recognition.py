@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['B16_K710', 'LARGE', 'L16_K710', 'KINETICS', 'SIXTEEN', 'PUBLISHED', 'MIT', 'MIT_384', 'B16_MIT', 'L16_MIT', 'SSV2',
-           'NANO_EMOJI', 'NANO_LINEAR', 'PRESETS', 'RecognitionConfig', 'FrameRecognizer', 'load_start', 'start_from',
-           'class_key', 'match_classes', 'carry_head', 'build_model', 'init_names', 'layer_groups', 'read_list',
-           'view_indices', 'cut_views', 'ViewDataset', 'RecognitionData', 'build_datasets', 'gather_rows', 'predict',
-           'clip_probabilities', 'scores', 'write_predictions', 'fingerprint', 'evaluate', 'classification',
+           'NANO_EMOJI', 'NANO_LINEAR', 'PRESETS', 'DataConfig', 'RecognitionConfig', 'FrameRecognizer', 'load_start',
+           'start_from', 'class_key', 'match_classes', 'carry_head', 'build_model', 'init_names', 'layer_groups',
+           'read_list', 'view_indices', 'cut_views', 'ViewDataset', 'RecognitionData', 'build_datasets', 'gather_rows',
+           'predict', 'clip_probabilities', 'scores', 'write_predictions', 'fingerprint', 'evaluate', 'classification',
            'FeatureDataset', 'extract_features', 'linear_probe', 'quiet_beside_main', 'finetune', 'lists', 'onto',
            'kinetics_presets', 'show_confusion', 'dry_run', 'main']
 
@@ -47,12 +47,10 @@ from .teacher import Teacher, embed_frames, load_teacher
 from .training import COMPUTE_DTYPE, TrainConfig, complete, config_dict, free, from_cli, start_accelerator, train, unshared, write_json
 from .video import VideoError, frame_indices, pretrain_transform, seeded
 
-# %% ../nbs/12_recognition.ipynb #e5870e4d
+# %% ../nbs/12_recognition.ipynb #aa15279d
 @dataclass(frozen=True, kw_only=True)
-class RecognitionConfig(TrainConfig):
-    "All that determines a run: the loop's fields (`TrainConfig`), the data, the model, its regularisation, the evaluation."
-    mode: Literal['full', 'linear', 'evaluate'] = 'full' # train everything, only the classifier on frozen features, or nothing
-    # data
+class DataConfig(TrainConfig):
+    "The loop's fields (`TrainConfig`), and the clips."
     data_root: str = free('.') # folder of the clips; lists and class files are looked for in it, too
     annotations: Literal['list', 'kinetics', 'ssv2', 'mit'] = 'list' # what the lists are: `path,label` lines, or an official format (see `umt.annotations`)
     layout: str | None = None # of the clips' paths in an official format, see `umt.annotations.read_annotations`
@@ -68,16 +66,24 @@ class RecognitionConfig(TrainConfig):
     flip: bool = True # random horizontal flip; not where labels know left from right
     rand_augment: str | None = None # timm's notation, see `umt.augmentation`
     random_erasing: float = 0. # share of the clips that lose a box
-    mixup: float = 0. # of a batch's pairs, see `umt.augmentation.Mixup`
+    mixup: float = 0. # see `umt.augmentation.Mixup`
     cutmix: float = 0. # the same
     label_smoothing: float = .1 # share of the target spread over all classes
-    # evaluation
     val_list: str = free('val.csv') # clips to evaluate on
     val_sampling: str = 'kinetics_sparse_val' # see `umt.video`; a `..._test` rule where there are several segments
     num_segments: int = free(1) # test clips of a video, from different times
     num_crops: int = free(1) # test crops of each, along the long side
     eval_batch_size: int = free(64) # views per forward in evaluation
-    # model
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.crop == 'multi_scale' and (self.rand_augment or self.random_erasing): raise ValueError("rand_augment and random_erasing need crop='random_resized'")
+
+# %% ../nbs/12_recognition.ipynb #e5870e4d
+@dataclass(frozen=True, kw_only=True)
+class RecognitionConfig(DataConfig):
+    "All that determines a run: the loop, the clips, the model."
+    mode: Literal['full', 'linear', 'evaluate'] = 'full' # train everything, only the classifier on frozen features, or nothing
     init: str = 'scratch' # scratch | teacher | run directory of a student or recogniser | published file
     init_classes: str | None = None # class names of a fine-tuned `init`; a run directory of ours knows them itself
     head: Literal['fresh', 'carry'] | None = None # classifier where `init` has one: a new one, or the old one's rows by class name
@@ -91,7 +97,6 @@ class RecognitionConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.crop == 'multi_scale' and (self.rand_augment or self.random_erasing): raise ValueError("rand_augment and random_erasing need crop='random_resized'")
         if self.mode == 'linear' and (self.num_sample > 1 or self.mixup or self.cutmix):
             raise ValueError("mode='linear' sees one unaugmented view of each clip: set num_sample 1, mixup 0 and cutmix 0")
 
@@ -168,7 +173,7 @@ def match_classes(
         if not found: wrong.append(f'  {name!r}: no such class; nearest: {", ".join(map(repr, get_close_matches(class_key(name), places, 3))) or "none"}')
         elif len(found) > 1 or repeated[class_key(name)] > 1:
             wrong.append(f'  {name!r}: ambiguous; it is {[old_names[i] for i in found]} there and {repeated[class_key(name)]} of the new classes')
-    if wrong: raise ValueError(f'{len(wrong)} of {len(names)} classes do not match one of the {len(old_names)} of the start; correct a class file:\n' + '\n'.join(wrong))
+    if wrong: raise ValueError('\n'.join([f'{len(wrong)} of {len(names)} classes do not match one of the {len(old_names)} of the start:', *wrong]))
     return torch.tensor([places[class_key(name)][0] for name in names])
 
 # %% ../nbs/12_recognition.ipynb #ba6b7310
@@ -194,7 +199,8 @@ def build_model(
     config: RecognitionConfig, # init, head, num_classes, sizes
     names: list[str] | None = None, # class names, if they are known
 ) -> nn.Module: # a recogniser, on the CPU
-    "The recogniser that `init` names; fresh parameters are drawn from the seed. Raises FileNotFoundError if there is no such start, ValueError if `head` does not fit it."
+    """The recogniser that `init` names; fresh parameters are drawn from the seed.
+    Raises FileNotFoundError if there is no such start, ValueError if `head` does not fit it."""
     sizes = dict(image_size=config.image_size, num_frames=config.num_frames, drop_path=config.drop_path, pool_grid=config.pool_grid)
     with seeded(config.seed):
         if config.init in ('teacher', 'scratch') and config.mode == 'evaluate': raise ValueError(f"mode='evaluate' needs a fine-tuned init, not {config.init!r}")
@@ -205,7 +211,8 @@ def build_model(
         model, head = start_from(start, config), 'carry' if config.mode == 'evaluate' else config.head
     if isinstance(start, Student) and head == 'carry': raise ValueError(f'{config.init} is a Stage-1 student: it has no classifier to carry over or to evaluate')
     if isinstance(start, Recognizer) and head is None:
-        raise ValueError(f"{config.init} has a classifier of {start.config['num_classes']} classes: say head='carry' to go on with it or head='fresh' to begin with a new one")
+        count = start.config['num_classes']
+        raise ValueError(f"{config.init} has a classifier of {count} classes: say head='carry' to go on with it, or head='fresh' to begin with a new one")
     if head == 'carry': carry_head(model, start, names, init_names(config))
     return model
 
@@ -234,13 +241,15 @@ def read_list(
     file: str, # the list
     classes: list[str] | None = None, # names that labels count, if they are known from elsewhere
 ) -> tuple[Manifest, list[str] | None, int]: # clips, class names, number of clips left out
-    "Read and check a list. Raises `ManifestError` for malformed rows, ValueError for labels or class names that do not fit, FileNotFoundError listing missing clips."
+    """Read and check a list. Raises `umt.datasets.ManifestError` for malformed rows, ValueError for labels or class names that do not fit,
+    FileNotFoundError listing missing clips."""
     path, classes = Path(config.data_root)/file, Path(config.data_root)/config.classes if config.classes else classes
     every, names = read_annotations(config.annotations, path, config.data_root, classes, config.layout)
     if names and len(names) != config.num_classes: raise ValueError(f'{path}: {len(names)} class names, but num_classes is {config.num_classes}; see `classes`')
     manifest, lost = existing(every)
     if lost and (config.missing == 'error' or not len(manifest)):
-        raise FileNotFoundError(f'{path}: {len(lost)} of {len(every)} clips are not in {config.data_root} (missing=drop leaves them out):\n' + '\n'.join(f'  {name}' for name in lost[:50]))
+        listed = '\n'.join(f'  {name}' for name in lost[:50])
+        raise FileNotFoundError(f'{path}: {len(lost)} of {len(every)} clips are not in {config.data_root} (missing=drop leaves them out):\n{listed}')
     if lost: print(f'{path}: {len(lost)} of {len(every)} clips are not there and left out')
     unlabelled = (manifest.labels == -1).all()
     bad = [f'  {manifest.name(i)}: {label}' for i, label in enumerate(manifest.labels.tolist()) if not (0 <= label < config.num_classes or unlabelled)]
@@ -285,8 +294,8 @@ class ViewDataset(VideoDataset):
         _, index = position
         try: return self.load(0, index)[0]
         except VideoError as e:
-            label, sample_id = int(self.manifest.labels[index]), int(self.manifest.ids[index])
-            return dict(video=torch.zeros(prod(self.views), *self.shape), label=label, sample_id=sample_id, key=0, failures=[(sample_id, self.manifest.name(index), e.reason)])
+            sample_id, failure = int(self.manifest.ids[index]), (int(self.manifest.ids[index]), self.manifest.name(index), e.reason)
+            return dict(video=torch.zeros(prod(self.views), *self.shape), label=int(self.manifest.labels[index]), sample_id=sample_id, key=0, failures=[failure])
 
 # %% ../nbs/12_recognition.ipynb #c60de697
 class RecognitionData(NamedTuple):
@@ -400,8 +409,8 @@ def fingerprint(
 ) -> str: # hexadecimal
     "A hash of all that the outputs of a network depend on, except for what is in the video files."
     clips = dataset.manifest
-    about = [config.num_frames, config.val_sampling, config.image_size, config.precision, dataset.views, clips.paths.to_pylist(), clips.labels.tolist(), clips.ids.tolist()]
-    digest = hashlib.sha256(json.dumps(about).encode())
+    about = [config.num_frames, config.val_sampling, config.image_size, config.precision, dataset.views]
+    digest = hashlib.sha256(json.dumps([*about, clips.paths.to_pylist(), clips.labels.tolist(), clips.ids.tolist()]).encode())
     for tensor in tensors.values(): digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -411,7 +420,8 @@ def evaluate(
     model: nn.Module, # a recogniser
     data: RecognitionData, # of `build_datasets`
 ) -> dict: # see `scores`; also segments, crops, dropped (clips that are not there)
-    "Evaluate, or return the same evaluation if it is already in `run_dir` (`evaluation.json`, beside `predictions.parquet`); collective. Raises what `predict` raises."
+    """Evaluate, or return the same evaluation if it is already in `run_dir` (`evaluation.json`, beside `predictions.parquet`); collective.
+    Raises what `predict` raises."""
     path, accelerator, of = Path(config.run_dir)/'evaluation.json', start_accelerator(), fingerprint(config, model.state_dict(), data.val)
     if path.exists() and (stored := json.loads(path.read_text())).get('fingerprint') == of: return stored
     logits = predict(model, data.val, config, accelerator)
@@ -497,7 +507,8 @@ def quiet_beside_main():
 def finetune(
     config: RecognitionConfig, # of the run
 ) -> dict: # the evaluation (`top1`, `top5`, `confusion` [true][predicted], `num_clips`, ... see `evaluate`), with the run's metrics and ledger
-    """Train what `mode` says and evaluate; continue, or return, a run that is already in `run_dir`. What it leaves there `umt.checkpoints.load_model` loads, except for a teacher.
+    """Train what `mode` says and evaluate; continue, or return, a run that is already in `run_dir`.
+    `umt.checkpoints.load_model` loads what is left there, unless it is a teacher.
     Raises what `build_datasets`, `build_model`, `umt.training.train` and `evaluate` raise."""
     run, main, result = Path(config.run_dir), os.environ.get('RANK', '0') == '0', {}
     with quiet_beside_main():
@@ -519,7 +530,8 @@ def finetune(
 # %% ../nbs/12_recognition.ipynb #7333203c
 B16_K710 = RecognitionConfig(
     run_dir='runs/b16_k710_ftk710', init='runs/b16_k710', train_list='k710_train.csv', val_list='k710_val.csv', classes='k710_classes.txt', num_classes=710,
-    epochs=35, warmup_epochs=2, batch_size=256, micro_batch_size=16, num_sample=2, lr=2e-4, min_lr=1e-6, warmup_lr=1e-6, betas=(.9, .999), precision='fp16', num_workers=12,
+    epochs=35, warmup_epochs=2, batch_size=256, micro_batch_size=16, num_sample=2, lr=2e-4, min_lr=1e-6, warmup_lr=1e-6, betas=(.9, .999),
+    precision='fp16', num_workers=12,
     crop='random_resized', rand_augment='rand-m7-n4-mstd0.5-inc1', random_erasing=.25, mixup=.8, cutmix=1., label_smoothing=.1,
     student='base', drop_path=.1, layer_decay=.75, val_sampling='kinetics_sparse_test', num_segments=4, num_crops=3)
 
@@ -600,7 +612,8 @@ def show_confusion(
     ax.imshow(share, vmin=0, vmax=1, cmap='magma')
     ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7); ax.set_yticks(range(len(names)), names, fontsize=7)
     ax.set_xlabel('predicted'); ax.set_title(title, fontsize=9)
-    for i in range(0, len(names) - 1, 2) if pairs else (): ax.add_patch(plt.Rectangle((i - .5, i - .5), 2, 2, fill=False, edgecolor='white', linewidth=1.2, clip_on=False))
+    for i in range(0, len(names) - 1, 2) if pairs else ():
+        ax.add_patch(plt.Rectangle((i - .5, i - .5), 2, 2, fill=False, edgecolor='white', linewidth=1.2, clip_on=False))
     for i, j in counts.nonzero().tolist() if values else ():
         text = f'{share[i, j] * 100:.0f}' if values == 'share' else str(counts[i, j].item())
         ax.text(j, i, text, ha='center', va='center', fontsize=6, color='black' if share[i, j] > .6 else 'white')
@@ -612,18 +625,19 @@ def dry_run(
 ) -> str: # recipe, learning rates, parameters and, where the lists are there, clips and steps
     "Say what a run would do, without weights and without training."
     with torch.device('meta'):
-        model = Recognizer(config.num_classes, pool_grid=config.pool_grid, patch_size=config.patch_size, num_frames=config.num_frames, image_size=config.image_size, **SIZES[config.student])
-    count, scale = lambda m: sum(p.numel() for p in m.parameters()), config.batch_size * config.num_sample / 256
+        model = Recognizer(config.num_classes, pool_grid=config.pool_grid, patch_size=config.patch_size, num_frames=config.num_frames,
+                           image_size=config.image_size, **SIZES[config.student])
+    scale = config.batch_size * config.num_sample / 256
     lines = [str(config), '', f'learning rate {config.warmup_lr * scale:g} -> {config.lr * scale:g} -> {config.min_lr * scale:g}',
-             f'{count(model):,} parameters if `init` is {config.student}, {count(model.head):,} of them in the classifier', f'{config.num_segments} segments x {config.num_crops} crops per test clip']
+             f'{sum(p.numel() for p in model.parameters()):,} parameters, if `init` is {config.student}',
+             f'{config.num_segments} segments x {config.num_crops} crops per test clip']
+    names = None
     for name in (config.train_list, config.val_list)[config.mode == 'evaluate':]:
-        path, classes = Path(config.data_root)/name, config.classes and Path(config.data_root)/config.classes
-        if not path.exists() or (classes and not classes.exists()):
-            lines.append(f'{path if classes is None or not path.exists() else classes}: not there')
-            continue
-        clips, used = len(read_annotations(config.annotations, path, config.data_root, classes, config.layout)[0]), config.train_clips if name == config.train_list else None
-        steps = (used or clips) // config.batch_size
-        lines.append(f'{path}: {clips:,} clips' + (f', {used:,} of them used' if used else '') + (f'; {steps:,} steps x {config.epochs} epochs' if name == config.train_list else ''))
+        try: manifest, names, lost = read_list(replace(config, missing='drop'), name, names)
+        except FileNotFoundError as error: lines.append(f'{error.filename}: not there' if error.filename else str(error))
+        else:
+            lines.append(f'{Path(config.data_root)/name}: {len(manifest):,} clips, {lost:,} missing')
+            if name == config.train_list: lines.append(f'{(config.train_clips or len(manifest)) // config.batch_size:,} steps x {config.epochs} epochs')
     return '\n'.join(lines)
 
 # %% ../nbs/12_recognition.ipynb #ea1c78ea
@@ -634,6 +648,7 @@ def main(
     config, dry = from_cli(PRESETS, argv)
     if dry: return print(dry_run(config))
     result = finetune(config)
-    with quiet_beside_main(): print(*(f'{name} {result[key]:.3f}' for name, key in (('top-1', 'top1'), ('top-5', 'top5')) if key in result), f'{result["num_clips"]} clips')
+    shares = [f'{name} {result[key]:.3f}' for name, key in (('top-1', 'top1'), ('top-5', 'top5')) if key in result]
+    with quiet_beside_main(): print(' '.join([*shares, f'{result["num_clips"]} clips']))
 
 if __name__ == '__main__' and '__file__' in globals(): main()
