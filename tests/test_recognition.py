@@ -207,6 +207,7 @@ def test_lists(clips, fine, tmp_path):
     assert (result['num_clips'], result['dropped']) == (2, 1)
     (clips/'wrong.csv').write_text('a/clip.mp4,0\nb/clip.mp4,3\n')
     with pytest.raises(ValueError, match='1 labels outside 0 .. 2 .*\n  b/clip.mp4: 3'): build_datasets(override(config, val_list='wrong.csv'))
+    with pytest.raises(ValueError, match='train_clips 9: train.csv has 8'): build_datasets(override(config, mode='full', train_clips=9))
     (clips/'two.txt').write_text('one\ntwo\n')
     (clips/'low.csv').write_text('a/clip.mp4,1\n')
     with pytest.raises(ValueError, match='2 class names, but num_classes is 3'): build_datasets(override(config, val_list='low.csv', classes='two.txt'))
@@ -367,3 +368,18 @@ def test_lists_without_labels_get_predictions(clips, fine, tmp_path):
     result = finetune(config)
     assert result['num_clips'] == 2 and 'top1' not in result and len(pd.read_parquet(tmp_path/'run/predictions.parquet')) == 2
     with pytest.raises(ValueError, match='no labels to train on'): build_datasets(override(config, mode='full', init='scratch', train_list='test.json'))
+
+
+def test_a_teacher_is_probed_and_a_run_without_a_model_is_no_start(clips, tmp_path):
+    "A frame recogniser has features, too; what a teacher leaves is no `Recognizer`, and that is said"
+    config = small(clips, tmp_path/'run', mode='linear', init='teacher')
+    assert finetune(config)['num_clips'] == 7
+    with pytest.raises(FileNotFoundError, match='no model.json'): build_model(override(config, init=config.run_dir, head='fresh'))
+
+
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+def test_half_precision_evaluation(clips, fine, tmp_path, precision):
+    full, half = (finetune(small(clips, tmp_path/p, mode='evaluate', init=str(fine), precision=p)) for p in ('fp32', precision))
+    one, two = (torch.tensor([list(p) for p in pd.read_parquet(tmp_path/run/'predictions.parquet').probabilities]) for run in ('fp32', precision))
+    assert_close(one, two, rtol=0, atol=.1)
+    assert not torch.equal(one, two) and half['num_clips'] == full['num_clips']

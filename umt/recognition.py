@@ -36,6 +36,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
 # %% ../nbs/12_recognition.ipynb #7c551b2d
 from .annotations import existing, read_annotations, read_classes
@@ -316,6 +317,7 @@ def build_datasets(
     if config.mode != 'evaluate':
         manifest, names, _ = read_list(config, config.train_list)
         if (manifest.labels < 0).any(): raise ValueError(f'{config.train_list}: no labels to train on')
+        if (config.train_clips or 0) > len(manifest): raise ValueError(f'train_clips {config.train_clips}: {config.train_list} has {len(manifest)}')
         if config.train_clips is not None: manifest = manifest.subset(range(config.train_clips))
         dataset = VideoDataset(manifest, config.num_frames, config.train_sampling, transform, config.seed, config.num_sample)
     manifest, names, dropped = read_list(config, config.val_list, names)
@@ -351,7 +353,8 @@ def predict(
     model.to(device).eval()
     sampler = EvalSampler(len(dataset), max(1, config.eval_batch_size // prod(dataset.views)), rank, world)
     rows, failures, dtype = [torch.empty(0)], [], COMPUTE_DTYPE[config.precision]
-    for batch in DataLoader(dataset, batch_sampler=sampler, num_workers=config.num_workers, collate_fn=collate, pin_memory=device.type == 'cuda'):
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=config.num_workers, collate_fn=collate, pin_memory=device.type == 'cuda')
+    for batch in tqdm(loader, 'features' if features else 'evaluation', disable=True if rank else None): # None: only on a terminal
         failures += batch['failures']
         video = batch['video'].to(device, non_blocking=True)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32): out = (model.features if features else model)(video.flatten(0, 1))
