@@ -72,6 +72,15 @@ def test_a_killed_notebook_finds_its_jobs(slurm, toy):
     assert [queued_as(job) for job in jobs] == names and [(job.home/'said').read_text() for job in jobs] == ['start\nend\n'] * 2
 
 
+def test_what_another_notebook_left_over_is_submitted(slurm, toy, tmp_path):
+    "Two tables share a pre-training, and the job in the queue does not know the second one's task."
+    first = toy('shared', seconds=3)
+    with pytest.raises(Interrupted): follow([first], make_launcher('slurm', seconds=.5), every=.2, say=interrupted_when(lambda: (first.home/'said').exists()))
+    both = Job('both', (first.home, *toy('task', seconds=0).folders))
+    assert follow([both], launcher()) == {}
+    assert [(folder/'said').read_text() for folder in both.folders] == ['start\nend\n'] * 2
+
+
 def test_cancelled_jobs_have_saved_and_are_submitted_again(slurm, toy):
     job = toy('c', seconds=60)
     with pytest.raises(Interrupted): follow([job], make_launcher('slurm', seconds=.5), every=.2, say=interrupted_when(lambda: (job.home/'said').exists()))
