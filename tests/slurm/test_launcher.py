@@ -1,4 +1,4 @@
-"The SLURM launcher and a real experiment on it: what can happen to a job, row by row of the table in `nbs/13_launchers.ipynb`."
+"The SLURM launcher and a real experiment on it: what can happen to a job, row by row of the table in `nbs/14_launchers.ipynb`."
 import json, signal, subprocess
 from dataclasses import replace
 from pathlib import Path
