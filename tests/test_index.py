@@ -4,9 +4,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import nbformat
+import papermill as pm
 from nbclient import NotebookClient
 
-from umt import stage1
+from umt import recognition, stage1
 from umt.training import from_cli
 
 root = Path(__file__).resolve().parent.parent
@@ -27,11 +28,22 @@ def test_links_lead_somewhere_and_every_notebook_is_listed():
 
 def test_quoted_commands_are_accepted():
     commands = ''.join(re.findall(r'```sh\n(.*?)```', text, re.S)).replace('\\\n', ' ')
-    stage1_commands = re.findall(r'python -m umt\.stage1( [^#\n]*)', commands)
-    assert stage1_commands
-    for command in stage1_commands: from_cli(stage1.PRESETS, shlex.split(command)) # exits with code 2 if it does not like one
-    known = {'--' + f.name.replace('_', '-') for f in fields(stage1.Stage1Config)} | {'--help', '--preset', '--dry-run'}
+    for module in (stage1, recognition):
+        quoted = re.findall(rf'python -m {module.__name__.replace(".", "[.]")}( [^#\n]*)', commands)
+        assert quoted
+        for command in quoted: from_cli(module.PRESETS, shlex.split(command)) # exits with code 2 if it does not like one
+    known = {'--' + f.name.replace('_', '-') for c in (stage1.Stage1Config, recognition.RecognitionConfig) for f in fields(c)} | {'--help', '--preset', '--dry-run'}
     assert set(re.findall(r'`(--[a-z-]+)', text)) <= known
+
+
+def test_quoted_papermill_parameters_exist():
+    commands = ''.join(re.findall(r'```sh\n(.*?)```', text, re.S)).replace('\\\n', ' ')
+    quoted = re.findall(r'papermill (?:--help-notebook )?(nbs/\w+\.ipynb)([^#\n]*)', commands)
+    assert len(quoted) >= 4
+    for notebook, options in quoted:
+        known = pm.inspect_notebook(root/notebook)
+        assert all(about['help'] for about in known.values()), f'{notebook}: --help-notebook explains every parameter'
+        assert set(re.findall(r"-p (\w+)|-y '(\w+)", options)) <= {pair for name in known for pair in ((name, ''), ('', name))}
 
 
 def test_make_targets_exist():
