@@ -17,7 +17,7 @@ from string import Formatter
 import numpy as np
 import pyarrow as pa
 
-from .datasets import Manifest, ManifestError, ShardManifest, _absolute, _check_row, _file_rows
+from .datasets import Manifest, ManifestError, ShardManifest, _absolute, _check_row, _file_rows, make_manifest
 
 # %% ../nbs/10_annotations.ipynb #10be6cbb
 def _text_classes(
@@ -157,21 +157,6 @@ def _class_names(
         raise ValueError(f'{kind}: classes are needed, the file {dict(ssv2="labels.json", mit="moments_categories.txt")[kind]} of the data set')
     return sorted(set(found)) if found and kind == 'kinetics' else None
 
-# %% ../nbs/10_annotations.ipynb #fbffb660
-def _manifest(
-    file: Path, # for complaints
-    root: str, # of the clips
-    rows: list[tuple[str, int, dict]], # path, label, other columns
-    first_id: int, # of the first row
-) -> Manifest: # of the rows
-    "Rows as columns; `ManifestError` if one of them mixes types"
-    paths, labels, others = zip(*rows)
-    columns = dict.fromkeys(name for other in others for name in other)
-    for name in columns:
-        try: columns[name] = pa.array([other.get(name) for other in others])
-        except pa.ArrowException as e: raise ManifestError(file, [(1, f'column {name!r} mixes types: {e}')]) from e
-    return Manifest(root, pa.array(paths, pa.large_string()), np.array(labels), np.arange(first_id, first_id + len(paths)), columns)
-
 # %% ../nbs/10_annotations.ipynb #946df81a
 def read_annotations(
     kind: str, # of `KINDS`: 'list', 'kinetics', 'ssv2' or 'mit'
@@ -197,7 +182,7 @@ def read_annotations(
         except ValueError as e: bad.append((line, str(e)))
         else: good.append(clip)
     if bad or not good: raise ManifestError(file, bad or [(1, 'the file has no rows')])
-    return _manifest(file, root, good, first_id), names
+    return make_manifest(file, root, good, first_id), names
 
 # %% ../nbs/10_annotations.ipynb #bdbe7bd4
 def _files(

@@ -8,7 +8,7 @@ __all__ = ['LAUNCHERS', 'Job', 'prepare', 'printing_to', 'held', 'execute', 'Inl
            'make_launcher', 'main', 'run_parallel', 'launch']
 
 # %% ../nbs/14_launchers.ipynb #c03ca639
-import ctypes, fcntl, importlib, inspect, json, os, signal, socket, subprocess, sys, time, traceback
+import ctypes, fcntl, importlib, inspect, json, os, shutil, signal, socket, subprocess, sys, time, traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -307,19 +307,19 @@ def slurm_options(
 
 # %% ../nbs/14_launchers.ipynb #50f07bc6
 class Slurm:
-    "Runs the jobs on a SLURM cluster, as many at a time as the queue allows."
+    "Runs the jobs on a SLURM cluster, as many at a time as the queue allows. RuntimeError where there is none."
     def __init__(self,
         seconds: float = 10., # between two looks at the queue
         **options, # of `slurm_options`
     ):
-        import submitit # says what is missing
+        if not shutil.which('squeue'): raise RuntimeError("launcher 'slurm': this machine has no squeue, so it is not part of a SLURM cluster")
         self.options, self.seconds = slurm_options(**options), seconds
         self.jobs, self.found, self.absent, self.states, self.looked = {}, set(), {}, {}, 0.
 
     def submit(self,
         jobs: Sequence[Job], # to do
     ):
-        "Find the jobs that are in the queue already, submit the others as one array. Raises RuntimeError if there is no SLURM."
+        "Find the jobs that are in the queue already, submit the others as one array."
         import submitit
         here = queue() or {}
         found = {job: queued_as(job) for job in jobs if queued_as(job) in here}
