@@ -1,4 +1,4 @@
-"Recognition: recipes against the published ones, views, several processes, classifiers by name, where runs start, and how they go on"
+"Evaluation and recognition: recipes against the published ones, views, several processes, classifiers by name, where runs start, and how they go on"
 import json, shutil, subprocess, sys
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from umt import emoji_motion, recognition
+from umt import emoji_motion, evaluation, recognition
 from umt.checkpoints import load_model, save_model, save_published
 from umt.datasets import DataError, read_manifest
-from umt.recognition import (PRESETS, PUBLISHED, RecognitionConfig, ViewDataset, build_datasets, build_model, clip_probabilities, dry_run, finetune,
-                             layer_groups, main, predict, scores)
+from umt.evaluation import ViewDataset, build_datasets, clip_probabilities, predict, scores
+from umt.recognition import PRESETS, PUBLISHED, build_model, dry_run, finetune, layer_groups, main
 from umt.student import SIZES, Recognizer, Student, position_table
 from umt.training import learning_rate, override, start_accelerator
 
@@ -142,7 +142,7 @@ def together(clips, fine, tmp_path_factory):
     return configs, done.stdout
 
 
-def evaluation(config): return json.loads(Path(config.run_dir, 'evaluation.json').read_text())
+def stored(config): return json.loads(Path(config.run_dir, 'evaluation.json').read_text())
 
 
 def test_views_are_averaged_as_probabilities():
@@ -163,7 +163,7 @@ def test_processes_share_an_evaluation(clips, fine, together, tmp_path):
     "Seven clips, six views each: one process and two find the same, clip by clip, and two files of one name stay two"
     configs, printed = together
     alone = override(configs['views'], run_dir=str(tmp_path/'alone'))
-    result, shared = finetune(alone), evaluation(configs['views'])
+    result, shared = finetune(alone), stored(configs['views'])
     assert shared == {k: result[k] for k in shared} and shared['num_clips'] == 7
     assert printed.count('7 clips\n') == 3 # each run's line once: views, linear, fsdp
     one, two = (pd.read_parquet(Path(c.run_dir)/'predictions.parquet') for c in (alone, configs['views']))
@@ -186,12 +186,12 @@ def test_an_undecodable_clip_stops_all_processes(together, tmp_path):
     assert not Path(configs['broken'].run_dir, 'evaluation.json').exists() and not Path(configs['broken'].run_dir, 'predictions.parquet').exists()
 
 
-def test_more_processes_than_clips(together): assert evaluation(together[0]['one'])['num_clips'] == 1
+def test_more_processes_than_clips(together): assert stored(together[0]['one'])['num_clips'] == 1
 
 
 def test_an_evaluation_is_repeated_only_where_something_changed(clips, fine, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(recognition, 'predict', lambda *args, **kwargs: calls.append(1) or predict(*args, **kwargs))
+    monkeypatch.setattr(evaluation, 'predict', lambda *args, **kwargs: calls.append(1) or predict(*args, **kwargs))
     config = small(clips, tmp_path/'run', mode='evaluate', init=str(fine))
     first = finetune(config)
     assert finetune(config) == first and len(calls) == 1
@@ -202,15 +202,15 @@ def test_lists(clips, fine, tmp_path):
     "Clips that are not there, labels that cannot be, lists without labels, names that do not fit"
     config = small(clips, tmp_path/'run', mode='evaluate', init=str(fine), val_list='lost.csv')
     (clips/'lost.csv').write_text('a/clip.mp4,0\nlost/clip.mp4,1\nb/clip.mp4,1\n')
-    with pytest.raises(FileNotFoundError, match='1 of 3 clips are not in .*\n  lost/clip.mp4'): build_datasets(config)
+    with pytest.raises(FileNotFoundError, match='1 of 3 clips are not in .*\n  lost/clip.mp4'): build_datasets(config, train=False)
     result = finetune(override(config, missing='drop'))
     assert (result['num_clips'], result['dropped']) == (2, 1)
     (clips/'wrong.csv').write_text('a/clip.mp4,0\nb/clip.mp4,3\n')
-    with pytest.raises(ValueError, match='1 labels outside 0 .. 2 .*\n  b/clip.mp4: 3'): build_datasets(override(config, val_list='wrong.csv'))
-    with pytest.raises(ValueError, match='train_clips 9: train.csv has 8'): build_datasets(override(config, mode='full', train_clips=9))
+    with pytest.raises(ValueError, match='1 labels outside 0 .. 2 .*\n  b/clip.mp4: 3'): build_datasets(override(config, val_list='wrong.csv'), train=False)
+    with pytest.raises(ValueError, match='train_clips 9: train.csv has 8'): build_datasets(override(config, train_clips=9))
     (clips/'two.txt').write_text('one\ntwo\n')
     (clips/'low.csv').write_text('a/clip.mp4,1\n')
-    with pytest.raises(ValueError, match='2 class names, but num_classes is 3'): build_datasets(override(config, val_list='low.csv', classes='two.txt'))
+    with pytest.raises(ValueError, match='2 class names, but num_classes is 3'): build_datasets(override(config, val_list='low.csv', classes='two.txt'), train=False)
 
 
 def test_official_annotations(clips, fine, tmp_path):
@@ -334,7 +334,7 @@ def test_features_of_another_network_are_not_reused(clips, fine, tmp_path):
 def test_two_processes_train_a_probe(together, tmp_path):
     two = together[0]['linear']
     one = override(two, run_dir=str(tmp_path/'one'))
-    result, shared = finetune(one), evaluation(two)
+    result, shared = finetune(one), stored(two)
     tables = [load_file(Path(c.run_dir)/'features.safetensors') for c in (one, two)]
     assert tables[0]['features'].shape == (8, 128)
     for name in tables[0]: assert_close(tables[0][name], tables[1][name], rtol=1e-4, atol=1e-5)
@@ -367,7 +367,7 @@ def test_lists_without_labels_get_predictions(clips, fine, tmp_path):
     config = small(clips, tmp_path/'run', mode='evaluate', init=str(fine), annotations='ssv2', layout='{id}.mp4', classes='labels.json', val_list='test.json')
     result = finetune(config)
     assert result['num_clips'] == 2 and 'top1' not in result and len(pd.read_parquet(tmp_path/'run/predictions.parquet')) == 2
-    with pytest.raises(ValueError, match='no labels to train on'): build_datasets(override(config, mode='full', init='scratch', train_list='test.json'))
+    with pytest.raises(ValueError, match='no labels to train on'): build_datasets(override(config, train_list='test.json'))
 
 
 def test_a_teacher_is_probed_and_a_run_without_a_model_is_no_start(clips, tmp_path):

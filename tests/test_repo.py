@@ -84,7 +84,7 @@ def test_one_module_per_numbered_notebook():
 
 
 FLOORS = [{'video', 'emoji_motion'}, {'datasets', 'augmentation'}, {'masking', 'teacher', 'student', 'text', 'annotations'}, {'objectives'},
-          {'multimodal', 'checkpoints'}, {'training'}, {'stage1', 'stage2', 'recognition', 'detection', 'retrieval', 'qa', 'launchers'}, {'experiments', 'explore', 'benchmark'}]
+          {'multimodal', 'checkpoints'}, {'training'}, {'evaluation'}, {'stage1', 'stage2', 'recognition', 'detection', 'retrieval', 'qa', 'launchers'}, {'experiments', 'explore', 'benchmark'}]
 
 
 def test_modules_import_only_from_floors_below():

@@ -4,81 +4,42 @@
 
 # %% auto #0
 __all__ = ['B16_K710', 'LARGE', 'L16_K710', 'KINETICS', 'SIXTEEN', 'PUBLISHED', 'MIT', 'MIT_384', 'B16_MIT', 'L16_MIT', 'SSV2',
-           'NANO_EMOJI', 'NANO_LINEAR', 'PRESETS', 'DataConfig', 'RecognitionConfig', 'FrameRecognizer', 'load_start',
-           'start_from', 'class_key', 'match_classes', 'carry_head', 'build_model', 'init_names', 'layer_groups',
-           'read_list', 'view_indices', 'cut_views', 'ViewDataset', 'RecognitionData', 'build_datasets', 'gather_rows',
-           'predict', 'clip_probabilities', 'scores', 'write_predictions', 'fingerprint', 'evaluate', 'classification',
+           'NANO_EMOJI', 'NANO_LINEAR', 'PRESETS', 'RecognitionConfig', 'FrameRecognizer', 'load_start', 'start_from',
+           'class_key', 'match_classes', 'carry_head', 'build_model', 'init_names', 'layer_groups', 'classification',
            'FeatureDataset', 'extract_features', 'linear_probe', 'quiet_beside_main', 'finetune', 'lists', 'onto',
-           'kinetics_presets', 'show_confusion', 'dry_run', 'main']
+           'kinetics_presets', 'dry_run', 'main']
 
 # %% ../nbs/13_recognition.ipynb #dd3ae02b
-import hashlib, io, json, os, re
+import io, os, re
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import pyarrow as pa
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from torch.utils.data import Dataset
 
 # %% ../nbs/13_recognition.ipynb #7c551b2d
-from .annotations import existing, read_annotations, read_classes
-from .augmentation import Mixup, crop_views, finetune_transform
+from .annotations import read_classes
+from .augmentation import Mixup
 from .checkpoints import keep_positions, load_model, load_published, save_config
-from .datasets import DataError, EvalSampler, Manifest, ManifestError, VideoDataset, collate
+from .datasets import Manifest
+from .evaluation import DataConfig, ViewDataset, build_datasets, evaluate, fingerprint, predict, read_list
 from .student import SIZES, Recognizer, Student, pool_tokens, recognizer_from, resize_positions
 from .teacher import Teacher, embed_frames, load_teacher
-from .training import COMPUTE_DTYPE, TrainConfig, complete, config_dict, free, from_cli, start_accelerator, train, unshared, write_json
-from .video import VideoError, frame_indices, pretrain_transform, seeded
-
-# %% ../nbs/13_recognition.ipynb #aa15279d
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(TrainConfig):
-    "The loop's fields (`TrainConfig`), and the clips."
-    data_root: str = free('.') # folder of the clips; lists and class files are looked for in it, too
-    annotations: Literal['list', 'kinetics', 'ssv2', 'mit'] = 'list' # what the lists are: `path,label` lines, or an official format (see `umt.annotations`)
-    layout: str | None = None # of the clips' paths in an official format, see `umt.annotations.read_annotations`
-    classes: str | None = None # class names in label order
-    missing: Literal['error', 'drop'] = 'error' # what to do about clips in a list that are not there
-    train_list: str = 'train.csv' # labelled clips to train on
-    train_clips: int | None = None # use only so many of them, the first; None = all
-    num_classes: int = 400 # labels are 0 .. num_classes - 1
-    num_frames: int = 8 # frames per clip
-    train_sampling: str = 'kinetics_sparse_train' # see `umt.video`
-    image_size: int = 224 # crop, in pixels
-    crop: Literal['multi_scale', 'random_resized'] = 'multi_scale' # as in Stage 1, or as in the published fine-tuning
-    flip: bool = True # random horizontal flip; not where labels know left from right
-    rand_augment: str | None = None # timm's notation, see `umt.augmentation`
-    random_erasing: float = 0. # share of the clips that lose a box
-    mixup: float = 0. # see `umt.augmentation.Mixup`
-    cutmix: float = 0. # the same
-    label_smoothing: float = .1 # share of the target spread over all classes
-    val_list: str = free('val.csv') # clips to evaluate on
-    val_sampling: str = 'kinetics_sparse_val' # see `umt.video`; a `..._test` rule where there are several segments
-    num_segments: int = free(1) # test clips of a video, from different times
-    num_crops: int = free(1) # test crops of each, along the long side
-    eval_batch_size: int = free(64) # views per forward in evaluation
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.crop == 'multi_scale' and (self.rand_augment or self.random_erasing): raise ValueError("rand_augment and random_erasing need crop='random_resized'")
+from .training import complete, config_dict, free, from_cli, start_accelerator, train, unshared, write_json
+from .video import seeded
 
 # %% ../nbs/13_recognition.ipynb #e5870e4d
 @dataclass(frozen=True, kw_only=True)
@@ -236,206 +197,6 @@ def layer_groups(
     groups = param_groups_layer_decay(model, weight_decay, layer_decay=layer_decay)
     return [{k: v for k, v in g.items() if k in ('params', 'lr_scale', 'weight_decay')} for g in groups]
 
-# %% ../nbs/13_recognition.ipynb #b379938c
-def read_list(
-    config: RecognitionConfig, # annotations, classes, missing, num_classes
-    file: str, # the list
-    classes: list[str] | None = None, # names that labels count, if they are known from elsewhere
-) -> tuple[Manifest, list[str] | None, int]: # clips, class names, number of clips left out
-    """Read and check a list. Raises `umt.datasets.ManifestError` for malformed rows, ValueError for labels or class names that do not fit,
-    FileNotFoundError listing missing clips."""
-    path, classes = Path(config.data_root)/file, Path(config.data_root)/config.classes if config.classes else classes
-    every, names = read_annotations(config.annotations, path, config.data_root, classes, config.layout)
-    if names and len(names) != config.num_classes: raise ValueError(f'{path}: {len(names)} class names, but num_classes is {config.num_classes}; see `classes`')
-    manifest, lost = existing(every)
-    if lost and (config.missing == 'error' or not len(manifest)):
-        listed = '\n'.join(f'  {name}' for name in lost[:50])
-        raise FileNotFoundError(f'{path}: {len(lost)} of {len(every)} clips are not in {config.data_root} (missing=drop leaves them out):\n{listed}')
-    if lost: print(f'{path}: {len(lost)} of {len(every)} clips are not there and left out')
-    unlabelled = (manifest.labels == -1).all()
-    bad = [f'  {manifest.name(i)}: {label}' for i, label in enumerate(manifest.labels.tolist()) if not (0 <= label < config.num_classes or unlabelled)]
-    if bad: raise ValueError(f'{path}: {len(bad)} labels outside 0 .. {config.num_classes - 1} (num_classes):\n' + '\n'.join(bad[:50]))
-    return manifest, names, len(lost)
-
-# %% ../nbs/13_recognition.ipynb #1cb899a8
-def view_indices(
-    length: int, # frames in the video
-    num_frames: int, # per clip
-    sampling: str, # a mode of `umt.video.frame_indices`; one with `clip` and `num_clips` where there are several segments
-    num_segments: int, # clips from different times
-) -> list[int]: # num_segments * num_frames frame numbers
-    "The frames of all test clips of a video, one clip after the other."
-    options = [dict(clip=s, num_clips=num_segments) for s in range(num_segments)] if num_segments > 1 else [{}]
-    return [i for o in options for i in frame_indices(length, num_frames, sampling, **o)]
-
-# %% ../nbs/13_recognition.ipynb #30d89c91
-def cut_views(
-    frames: Tensor, # uint8 [num_segments * T, 3, H, W]
-    crops: Callable, # uint8 [n, 3, H, W] -> float [num_crops, 3, n, size, size]
-    num_segments: int, # clips in `frames`
-) -> Tensor: # float [num_segments * num_crops, 3, T, size, size]; view = segment * num_crops + crop
-    "The views of a video."
-    return crops(frames).unflatten(2, (num_segments, -1)).permute(2, 0, 1, 3, 4, 5).flatten(0, 1)
-
-# %% ../nbs/13_recognition.ipynb #1437305c
-class ViewDataset(VideoDataset):
-    "Clips with all their views, `video` [views, 3, T, size, size]. A clip that cannot be decoded is not replaced: it is zeros, and named in `failures`"
-    def __init__(self,
-        manifest: Manifest, # which clips
-        config: RecognitionConfig, # num_frames, image_size, val_sampling
-        num_segments: int = 1, # clips from different times
-        num_crops: int = 1, # places in the picture
-    ):
-        choose = partial(view_indices, num_frames=config.num_frames, sampling=config.val_sampling, num_segments=num_segments)
-        cut = partial(cut_views, crops=crop_views(config.image_size, num_crops), num_segments=num_segments)
-        super().__init__(manifest, config.num_frames, choose, cut, config.seed, tries=1)
-        self.views, self.shape = (num_segments, num_crops), (3, config.num_frames, config.image_size, config.image_size)
-
-    def __getitem__(self, position):
-        _, index = position
-        try: return self.load(0, index)[0]
-        except VideoError as e:
-            sample_id, failure = int(self.manifest.ids[index]), (int(self.manifest.ids[index]), self.manifest.name(index), e.reason)
-            return dict(video=torch.zeros(prod(self.views), *self.shape), label=int(self.manifest.labels[index]), sample_id=sample_id, key=0, failures=[failure])
-
-# %% ../nbs/13_recognition.ipynb #c60de697
-class RecognitionData(NamedTuple):
-    "What a run works on"
-    train: VideoDataset | None # augmented training clips; None if nothing is trained
-    val: ViewDataset # the clips that are evaluated
-    names: list[str] | None # class names, if they are known
-    dropped: int # clips of the evaluation list that are not there
-
-# %% ../nbs/13_recognition.ipynb #778be216
-def build_datasets(
-    config: RecognitionConfig, # lists, frames, augmentation, views
-) -> RecognitionData:
-    "Read both lists. Raises what `read_list` raises."
-    if config.crop == 'multi_scale': transform = pretrain_transform(config.image_size, flip=config.flip)
-    else: transform = finetune_transform(config.image_size, config.rand_augment, config.flip, config.random_erasing)
-    dataset = names = None
-    if config.mode != 'evaluate':
-        manifest, names, _ = read_list(config, config.train_list)
-        if (manifest.labels < 0).any(): raise ValueError(f'{config.train_list}: no labels to train on')
-        if (config.train_clips or 0) > len(manifest): raise ValueError(f'train_clips {config.train_clips}: {config.train_list} has {len(manifest)}')
-        if config.train_clips is not None: manifest = manifest.subset(range(config.train_clips))
-        dataset = VideoDataset(manifest, config.num_frames, config.train_sampling, transform, config.seed, config.num_sample)
-    manifest, names, dropped = read_list(config, config.val_list, names)
-    return RecognitionData(dataset, ViewDataset(manifest, config, config.num_segments, config.num_crops), names, dropped)
-
-# %% ../nbs/13_recognition.ipynb #c356373c
-def gather_rows(
-    rows: Tensor, # [this process's clips, ...], as `EvalSampler` deals them
-    accelerator: Accelerator, # of `start_accelerator`
-) -> Tensor | None: # [clips, ...] in the data set's order; None except on the main process
-    "Bring the rows of all processes together; collective."
-    rank, world = accelerator.process_index, accelerator.num_processes
-    if world == 1: return rows
-    shares = [None] * world if rank == 0 else None
-    dist.gather_object(rows, shares)
-    if rank: return None
-    together = rows.new_empty(sum(map(len, shares)), *rows.shape[1:])
-    for r, share in enumerate(shares):
-        if len(share): together[r::world] = share
-    return together
-
-# %% ../nbs/13_recognition.ipynb #a776d7f9
-@torch.inference_mode()
-def predict(
-    model: nn.Module, # a recogniser
-    dataset: ViewDataset, # which clips and views
-    config: RecognitionConfig, # eval_batch_size, num_workers, precision
-    accelerator: Accelerator, # device and processes
-    features: bool = False, # what goes into the classifier instead of what comes out?
-) -> Tensor | None: # float32 [clips, views, classes] on the CPU, in the data set's order; None except on the main process
-    "Logits of every view of every clip; collective. Raises `umt.datasets.DataError` listing the clips that cannot be decoded."
-    device, rank, world, was_training = accelerator.device, accelerator.process_index, accelerator.num_processes, model.training
-    model.to(device).eval()
-    sampler = EvalSampler(len(dataset), max(1, config.eval_batch_size // prod(dataset.views)), rank, world)
-    rows, failures, dtype = [torch.empty(0)], [], COMPUTE_DTYPE[config.precision]
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=config.num_workers, collate_fn=collate, pin_memory=device.type == 'cuda')
-    for batch in tqdm(loader, 'features' if features else 'evaluation', disable=True if rank else None): # None: only on a terminal
-        failures += batch['failures']
-        video = batch['video'].to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32): out = (model.features if features else model)(video.flatten(0, 1))
-        rows.append(out.float().cpu().unflatten(0, video.shape[:2]))
-    model.train(was_training)
-    if failures := gather_object(failures):
-        listed = '\n'.join(f'  {path}: {reason}' for _, path, reason in failures[:50])
-        raise DataError(f'{len(failures)} of {len(dataset)} clips cannot be decoded, and none is replaced in an evaluation:\n{listed}')
-    return gather_rows(torch.cat(rows[1:] or rows), accelerator)
-
-# %% ../nbs/13_recognition.ipynb #fd8a90eb
-def clip_probabilities(
-    logits: Tensor, # [clips, views, classes]
-) -> Tensor: # [clips, classes]
-    "Mean over the views' probabilities."
-    return logits.softmax(-1).mean(1)
-
-# %% ../nbs/13_recognition.ipynb #8d2b4260
-def scores(
-    probabilities: Tensor, # [clips, classes]
-    labels: Tensor, # int64 [clips]; all -1 = not known
-) -> dict: # num_clips; if there are labels also top1, top5, per_class (None = no clips), confusion [true][predicted] (up to 1000 classes)
-    "Shares of clips whose label is the most probable class, or among the five (with fewer classes: that many) most probable ones."
-    clips, num_classes = probabilities.shape
-    if (labels < 0).all(): return {'num_clips': clips}
-    hit = probabilities.topk(min(5, num_classes)).indices == labels[:, None]
-    total, right = labels.bincount(minlength=num_classes), labels[hit[:, 0]].bincount(minlength=num_classes)
-    found = {'num_clips': clips, 'top1': hit[:, 0].float().mean().item(), 'top5': hit.any(1).float().mean().item(),
-             'per_class': [r / t if t else None for r, t in zip(right.tolist(), total.tolist())]}
-    if num_classes > 1000: return found
-    confusion = (labels * num_classes + probabilities.argmax(1)).bincount(minlength=num_classes**2)
-    return found | {'confusion': confusion.view(-1, num_classes).tolist()}
-
-# %% ../nbs/13_recognition.ipynb #7844f381
-def write_predictions(
-    path: Path, # Parquet file; complete or not there
-    dataset: ViewDataset, # the clips
-    logits: Tensor, # [clips, views, classes]
-    names: list[str] | None = None, # of the classes; kept in the file's metadata
-):
-    """One row per clip: path (relative to the root), sample_id, label, predicted, probabilities [classes], logits [views][classes].
-    View v is segment v // crops, crop v % crops; the metadata (`segments`, `crops`) has the numbers."""
-    manifest, probabilities = dataset.manifest, clip_probabilities(logits)
-    rows = lambda x: pa.FixedSizeListArray.from_arrays(pa.array(x.flatten().numpy()), x.shape[-1])
-    table = pa.table(dict(path=manifest.paths, sample_id=manifest.ids, label=manifest.labels, predicted=probabilities.argmax(1).numpy(),
-                          probabilities=rows(probabilities), logits=pa.FixedSizeListArray.from_arrays(rows(logits), logits.shape[1])))
-    about = dict(segments=str(dataset.views[0]), crops=str(dataset.views[1]), classes=json.dumps(names))
-    with complete(path) as temporary: parquet.write_table(table.replace_schema_metadata(about), temporary)
-
-# %% ../nbs/13_recognition.ipynb #99b02e4b
-def fingerprint(
-    config: RecognitionConfig, # frames, crop, precision
-    tensors: dict[str, Tensor], # the network
-    dataset: ViewDataset, # the clips and views
-) -> str: # hexadecimal
-    "A hash of all that the outputs of a network depend on, except for what is in the video files."
-    clips = dataset.manifest
-    about = [config.num_frames, config.val_sampling, config.image_size, config.precision, dataset.views]
-    digest = hashlib.sha256(json.dumps([*about, clips.paths.to_pylist(), clips.labels.tolist(), clips.ids.tolist()]).encode())
-    for tensor in tensors.values(): digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-# %% ../nbs/13_recognition.ipynb #06225ecb
-def evaluate(
-    config: RecognitionConfig, # of the run
-    model: nn.Module, # a recogniser
-    data: RecognitionData, # of `build_datasets`
-) -> dict: # see `scores`; also segments, crops, dropped (clips that are not there)
-    """Evaluate, or return the same evaluation if it is already in `run_dir` (`evaluation.json`, beside `predictions.parquet`); collective.
-    Raises what `predict` raises."""
-    path, accelerator, of = Path(config.run_dir)/'evaluation.json', start_accelerator(), fingerprint(config, model.state_dict(), data.val)
-    if path.exists() and (stored := json.loads(path.read_text())).get('fingerprint') == of: return stored
-    logits = predict(model, data.val, config, accelerator)
-    if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_predictions(path.with_name('predictions.parquet'), data.val, logits, data.names)
-        found = scores(clip_probabilities(logits), torch.tensor(data.val.manifest.labels))
-        write_json(path, found | dict(segments=data.val.views[0], crops=data.val.views[1], dropped=data.dropped, fingerprint=of))
-    accelerator.wait_for_everyone()
-    return json.loads(path.read_text())
-
 # %% ../nbs/13_recognition.ipynb #744b3e67
 def classification(
     config: RecognitionConfig, # num_classes, mixup, cutmix, label_smoothing
@@ -499,12 +260,9 @@ def linear_probe(
     return result
 
 # %% ../nbs/13_recognition.ipynb #91d0e32d
-@contextmanager
 def quiet_beside_main():
-    "Within the context only the main process prints."
-    if os.environ.get('RANK', '0') == '0': yield
-    else:
-        with redirect_stdout(io.StringIO()): yield
+    "A context in which only the main process prints."
+    return nullcontext() if os.environ.get('RANK', '0') == '0' else redirect_stdout(io.StringIO())
 
 # %% ../nbs/13_recognition.ipynb #fed49912
 def finetune(
@@ -515,7 +273,7 @@ def finetune(
     Raises what `build_datasets`, `build_model`, `umt.training.train` and `evaluate` raise."""
     run, main, result = Path(config.run_dir), os.environ.get('RANK', '0') == '0', {}
     with quiet_beside_main():
-        data = build_datasets(config)
+        data = build_datasets(config, train=config.mode != 'evaluate')
         model = build_model(config, data.names)
     if config.mode == 'linear': result = linear_probe(config, model, data.train.manifest)
     if config.mode == 'full':
@@ -597,30 +355,6 @@ NANO_LINEAR = replace(NANO_EMOJI, run_dir='runs/nano_linear', mode='linear', tra
 PRESETS = dict(nano_emoji=NANO_EMOJI,
                quick_emoji=replace(NANO_EMOJI, train_clips=None, epochs=2, batch_size=8, log_every=4), # runs through; learns nothing
                nano_linear=NANO_LINEAR) | PUBLISHED
-
-# %% ../nbs/13_recognition.ipynb #59870330
-def show_confusion(
-    confusion, # counts [true][predicted]
-    names: list[str], # of the classes
-    title: str = '', # of the picture
-    ax=None, # matplotlib axes; None = a new figure
-    pairs: bool = False, # outline the classes 0 and 1, 2 and 3, ...: what is confused with its partner is inside
-    values: Literal['share', 'count'] | None = None, # write percentages of the row, or counts, into the cells
-):
-    "Draw a confusion matrix; every row sums to one."
-    import matplotlib.pyplot as plt
-    counts = torch.as_tensor(confusion)
-    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    if ax is None: _, ax = plt.subplots(figsize=(3.6, 3.2), dpi=72)
-    ax.imshow(share, vmin=0, vmax=1, cmap='magma')
-    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7); ax.set_yticks(range(len(names)), names, fontsize=7)
-    ax.set_xlabel('predicted'); ax.set_title(title, fontsize=9)
-    for i in range(0, len(names) - 1, 2) if pairs else ():
-        ax.add_patch(plt.Rectangle((i - .5, i - .5), 2, 2, fill=False, edgecolor='white', linewidth=1.2, clip_on=False))
-    for i, j in counts.nonzero().tolist() if values else ():
-        text = f'{share[i, j] * 100:.0f}' if values == 'share' else str(counts[i, j].item())
-        ax.text(j, i, text, ha='center', va='center', fontsize=6, color='black' if share[i, j] > .6 else 'white')
-    return ax
 
 # %% ../nbs/13_recognition.ipynb #0966bdb5
 def dry_run(
