@@ -208,10 +208,10 @@ def progress(
     job: Job, # at work
 ) -> str: # one line
     "Which of a job's runs is at work, and the last thing it said."
-    remaining = job.remaining
-    if not remaining: return f'{job.name}: finished'
-    said = last_lines(job, remaining[0], 1) if (remaining[0]/'log.txt').exists() else 'starting'
-    return f'{job.name}: {remaining[0].name} | {said[:150]}'
+    if not job.remaining: return f'{job.name}: finished'
+    folder = job.remaining[0]
+    lines = (folder/'log.txt').read_text(errors='replace').strip().splitlines() if (folder/'log.txt').exists() else []
+    return f'{job.name}: {folder.name} | {(lines or ["starting"])[-1][:150]}'
 
 # %% ../nbs/14_launchers.ipynb #55c3afa4
 def follow(
