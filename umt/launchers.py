@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAUNCHERS', 'Job', 'prepare', 'printing_to', 'held', 'execute', 'Inline', 'command', 'start_process', 'Local',
-           'last_lines', 'progress', 'follow', 'SlurmTask', 'queue', 'queued_as', 'cancel', 'slurm_options', 'Slurm',
-           'make_launcher', 'main', 'run_parallel', 'launch']
+           'last_lines', 'progress', 'follow', 'SlurmTask', 'queue', 'queued_as', 'cancel', 'slurm_options',
+           'submit_array', 'Slurm', 'make_launcher', 'main', 'run_parallel', 'launch']
 
 # %% ../nbs/14_launchers.ipynb #c03ca639
 import ctypes, fcntl, importlib, inspect, json, os, shutil, signal, socket, subprocess, sys, time, traceback
@@ -305,6 +305,23 @@ def slurm_options(
                    setup=[f'export OMP_NUM_THREADS={1 if gpus_per_node else cpus_per_task}'], additional_parameters={'requeue': True} | (sbatch or {}))
     return {name: value for name, value in options.items() if value is not None}
 
+# %% ../nbs/14_launchers.ipynb #0b5a3db7
+def submit_array(
+    jobs: Sequence[Job], # not in the queue
+    options: dict, # of `slurm_options`
+) -> dict[Job, str]: # job -> job id
+    "Submit jobs as one array, and note in `slurm.json` which they are."
+    import submitit
+    executor = submitit.SlurmExecutor(jobs[0].home.parent/'slurm')
+    executor.update_parameters(job_name='umt', **options)
+    with executor.batch(): handles = [executor.submit(SlurmTask(tuple(map(str, job.remaining)))) for job in jobs]
+    for job, handle in zip(jobs, handles):
+        write_json(job.home/'slurm.json', dict(job_id=handle.job_id, stderr=str(handle.paths.stderr), stdout=str(handle.paths.stdout)))
+        (job.home/'job.txt').unlink(missing_ok=True)
+        (job.home/'job.txt').symlink_to(handle.paths.stderr)
+    print(f'submitted {", ".join(handle.job_id for handle in handles)}')
+    return {job: handle.job_id for job, handle in zip(jobs, handles)}
+
 # %% ../nbs/14_launchers.ipynb #50f07bc6
 class Slurm:
     "Runs the jobs on a SLURM cluster, as many at a time as the queue allows. RuntimeError where there is none."
@@ -320,23 +337,13 @@ class Slurm:
         jobs: Sequence[Job], # to do
     ):
         "Find the jobs that are in the queue already, submit the others as one array."
-        import submitit
         here = queue() or {}
         found = {job: queued_as(job) for job in jobs if queued_as(job) in here}
         new = [job for job in jobs if job not in found]
         self.jobs |= found
         self.found |= found.keys()
         if found: print(f'{len(found)} jobs are in the queue already')
-        if not new: return
-        executor = submitit.SlurmExecutor(new[0].home.parent/'slurm')
-        executor.update_parameters(job_name='umt', **self.options)
-        with executor.batch(): handles = [executor.submit(SlurmTask(tuple(map(str, job.remaining)))) for job in new]
-        for job, handle in zip(new, handles):
-            write_json(job.home/'slurm.json', dict(job_id=handle.job_id, stderr=str(handle.paths.stderr), stdout=str(handle.paths.stdout)))
-            (job.home/'job.txt').unlink(missing_ok=True)
-            (job.home/'job.txt').symlink_to(handle.paths.stderr)
-            self.jobs[job] = handle.job_id
-        print(f'submitted {", ".join(handle.job_id for handle in handles)}')
+        if new: self.jobs |= submit_array(new, self.options)
 
     def poll(self) -> dict[Job, str]: # of the jobs not finished: 'waiting' or 'running'
         "Look at the queue, but not too often. A job that is twice not there has ended; what another notebook's job has left over is submitted."
