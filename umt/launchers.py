@@ -18,6 +18,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from .training import Preempted, did_you_mean, write_json
 
 # %% ../nbs/14_launchers.ipynb #39e79017
@@ -96,6 +98,7 @@ def execute(
                 if several: raise
                 return False
         if main: write_json(folder/'done.json', dict(seconds=time.time() - start, host=socket.gethostname(), processes=int(os.environ.get('WORLD_SIZE', 1))))
+        if dist.is_initialized(): dist.barrier()
         return True
 
 # %% ../nbs/14_launchers.ipynb #3f926535

@@ -24,7 +24,7 @@ from .masking import make_mask, num_visible
 from .objectives import uta_loss
 from .student import SIZES, Student
 from .teacher import Teacher, TeacherOutput, aligned_tokens, load_teacher, prepare_frames
-from .training import COMPUTE_DTYPE, TrainConfig, count_flops, free, from_cli, override, train
+from .training import COMPUTE_DTYPE, TrainConfig, count_flops, free, from_cli, override, start_accelerator, train
 from .video import denormalize, pretrain_transform, seeded
 
 # %% ../nbs/09_stage1.ipynb #dfbd914c
@@ -202,7 +202,9 @@ def pretrain(
     dataset, (teacher, student) = build_dataset(config), build_models(config)
     flops = flops_per_clip(config, teacher, student)['total']
     result = train(config, student, dataset, alignment(config, teacher), frozen=(teacher,), flops_per_sample=flops)
-    if os.environ.get('RANK', '0') == '0': save_config(student, config.run_dir)
+    accelerator = start_accelerator()
+    if accelerator.is_main_process: save_config(student, config.run_dir)
+    accelerator.wait_for_everyone() # whoever goes on with the student finds it
     return result
 
 # %% ../nbs/09_stage1.ipynb #ae7e1f78

@@ -9,16 +9,18 @@ __all__ = ['COMPUTE_DTYPE', 'PACKAGES', 'STOP_SIGNALS', 'free', 'TrainConfig', '
            'Meter', 'CheckpointError', 'sync_to_disk', 'complete', 'write_json', 'file_hash', 'save_checkpoint',
            'damage', 'newest_checkpoint', 'flat_state', 'unshared', 'load_flat_state', 'config_dict', 'open_run',
            'git_state', 'environment', 'record_start', 'log_line', 'say', 'Log', 'Preempted', 'stop_signals',
-           'ignore_stop_signals', 'count_flops', 'matmul_rate', 'peak_memory', 'power_draw', 'Session', 'restore',
-           'open_session', 'train_step', 'catch_up', 'log_step', 'save_step', 'ledger', 'finish', 'train']
+           'ignore_stop_signals', 'count_flops', 'matmul_rate', 'restart_peak_memory', 'peak_memory', 'power_draw',
+           'Session', 'restore', 'open_session', 'train_step', 'catch_up', 'log_step', 'save_step', 'ledger', 'finish',
+           'train']
 
 # %% ../nbs/08_training.ipynb #2263233e
-import argparse, difflib, hashlib, importlib.metadata, importlib.util, json, math, os, platform, resource
+import argparse, difflib, hashlib, importlib.metadata, importlib.util, json, math, os, platform, re, resource
 import shutil, signal, socket, subprocess, sys, threading, time
 from collections import deque
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Callable, Literal, Union, get_args, get_origin, get_type_hints
@@ -35,7 +37,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, get_state_dict
 from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -61,6 +63,7 @@ class TrainConfig:
     micro_batch_size: int | None = free(None) # samples per process and forward; None: batch_size / processes, no accumulation
     lr: float = 1.5e-4 # peak learning rate per 256 samples
     min_lr: float = 1e-5 # at the end of the cosine, per 256 samples
+    min_lr_as: Literal['end', 'floor'] = 'end' # what it is: where the cosine ends, or what no step goes below, in a warm-up and a cosine that know nothing of it
     warmup_lr: float = 0. # at the first step, per 256 samples
     warmup_epochs: float = 0. # linear warm-up
     betas: tuple[float, float] = (.9, .95) # AdamW
@@ -180,7 +183,9 @@ def learning_rate(
     "Linear warm-up, then cosine, scaled by `batch_size * num_sample / 256`."
     start, peak, end = (rate * config.batch_size * config.num_sample / 256 for rate in (config.warmup_lr, config.lr, config.min_lr))
     warmup, total = round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch
-    if step < warmup: return start + (peak - start) * step / max(warmup - 1, 1)
+    floor = config.min_lr_as == 'floor'
+    if step < warmup: return max(end, peak * step / warmup) if floor else start + (peak - start) * step / max(warmup - 1, 1)
+    if floor: return max(end, .5 * peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))))
     return end + .5 * (peak - end) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 # %% ../nbs/08_training.ipynb #398c84e5
@@ -686,11 +691,19 @@ def matmul_rate(
     return 2 * n**3 / best
 
 # %% ../nbs/08_training.ipynb #26112695
+def restart_peak_memory(
+    device: torch.device, # that trains
+):
+    "Forget what was used before, where the system can: in a process that does several runs each is to answer for itself."
+    if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError): Path('/proc/self/clear_refs').write_text('5') # Linux; resets VmHWM
+
 def peak_memory(
     device: torch.device, # that trains
 ) -> float: # GiB
-    "The most memory used so far: allocated on a CUDA device, else resident of this process (without its loader workers)."
+    "The most memory used since `restart_peak_memory`: allocated on a CUDA device, else resident of this process (without its loader workers)."
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device) / 2**30
+    with suppress(OSError, TypeError): return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == 'darwin' else 2**20)
 
 # %% ../nbs/08_training.ipynb #1556a8dd
@@ -757,6 +770,8 @@ def open_session(
     loss_fn: Callable, # (model, batch) -> (loss, metrics)
     groups: list[dict], # parameter groups of the model
     accelerator: Accelerator, # of `start_accelerator`
+    make_sampler: Callable | None = None, # of `train`
+    collate_fn: Callable = collate, # of `train`
 ) -> Session: # ready for its first step
     "Put the parts together; raises ValueError if the batch does not divide or is larger than the data set."
     run, main, rank, world = Path(config.run_dir), accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
@@ -766,8 +781,9 @@ def open_session(
     average = None if config.ema_decay is None else ModelEmaV3(model, config.ema_decay)
     state = restore(accelerator, wrapped, optimizer, scaler, average, run)
     start = state['step']
-    sampler = StepSampler(len(dataset), config.batch_size, config.seed, rank, world, accumulate, start_step=start, epochs=config.epochs)
-    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=config.num_workers,
+    make_sampler = make_sampler or partial(StepSampler, len(dataset))
+    sampler = make_sampler(config.batch_size, config.seed, rank, world, accumulate, start_step=start, epochs=config.epochs)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=config.num_workers,
                         worker_init_fn=ignore_stop_signals, pin_memory=accelerator.device.type == 'cuda')
     if main and not start: (run / 'quarantine.jsonl').unlink(missing_ok=True) # left by an earlier attempt: its clips will be met again
     quarantine = Quarantine(run / 'quarantine.jsonl' if main else None, len(dataset), config.bad_clip_limit)
@@ -887,6 +903,8 @@ def train(
     frozen: tuple[nn.Module, ...] = (), # networks that `loss_fn` uses beside the model (a teacher): moved to the device, never wrapped
     param_groups: list[dict] | None = None, # optimizer groups with optional `lr_scale` and `weight_decay`; None: `weight_decay_groups`
     flops_per_sample: float | None = None, # forward and backward of everything `loss_fn` does, for the ledger
+    make_sampler: Callable[..., Sampler] | None = None, # (batch_size, seed, rank, world_size, accumulate, start_step=, epochs=) -> order of the samples; None: `StepSampler`
+    collate_fn: Callable[[list], dict] = collate, # samples -> batch
 ) -> dict: # last metrics and ledger, as in result.json
     """Train, or continue, or return the result of a finished run (loading its weights into `model`).
     Raises `Preempted` after a stop signal, `NonfiniteError`, `CheckpointError`, `TooManyBadClips`,
@@ -897,10 +915,11 @@ def train(
     accelerator = start_accelerator()
     device, lag = accelerator.device, int(accelerator.device.type == 'cuda')
     for network in frozen: network.to(device)
+    restart_peak_memory(device)
     peak = matmul_rate(device, COMPUTE_DTYPE[config.precision]) if flops_per_sample else None
     groups = weight_decay_groups(model, config.weight_decay) if param_groups is None else param_groups
     with stop_signals() as stop, torch.random.fork_rng([device] if device.type == 'cuda' else []):
-        s = open_session(config, model, dataset, loss_fn, groups, accelerator)
+        s = open_session(config, model, dataset, loss_fn, groups, accelerator, make_sampler, collate_fn)
         try:
             for step in range(s.start, s.steps):
                 train_step(s, step, stop)

@@ -12,10 +12,10 @@ from umt import experiments
 from umt.launchers import Job, cancel, follow, make_launcher, prepare, queue, queued_as
 
 pytestmark = pytest.mark.timeout(600)
-OPTIONS = dict(tasks_per_node=2, minutes=30, seconds=1.)
+OPTIONS = dict(minutes=30, seconds=1.)
 
 
-def launcher(): return make_launcher('slurm', **OPTIONS)
+def launcher(tasks=1): return make_launcher('slurm', tasks_per_node=tasks, **OPTIONS)
 def steps(folder): return len((folder/'metrics.jsonl').read_text().splitlines()) if (folder/'metrics.jsonl').exists() else 0
 def starts(folder): return [start['start_step'] for start in json.loads((folder/'environment.json').read_text())]
 
@@ -45,13 +45,13 @@ def test_requeued_experiment_ends_with_the_same_weights(slurm, tmp_path):
     straight.check()
     planned = experiments.plan(rows, 1, tmp_path/'slurm')
     job, (pretrained, task) = planned.jobs[0], planned.folders['semantic', 'action', 0]
-    with pytest.raises(Interrupted): follow([job], launcher(), every=.5, say=interrupted_when(lambda: steps(pretrained) >= 10))
+    with pytest.raises(Interrupted): follow([job], launcher(2), every=.5, say=interrupted_when(lambda: steps(pretrained) >= 10))
     name = queued_as(job)
     subprocess.run(['scontrol', 'requeue', name], check=True)
     wait_until(lambda: steps(pretrained) >= 10 and len(starts(pretrained)) == 2 and steps(pretrained) >= starts(pretrained)[1] + 10, 120)
     subprocess.run(['scancel', '--signal=USR2', name], check=True)
     wait_until(lambda: len(starts(pretrained)) == 3, 120)
-    follow([job], launcher())
+    follow([job], launcher(2))
     planned.check()
     assert queued_as(job) == name, 'submitted a second time'
     first, second, third = starts(pretrained)

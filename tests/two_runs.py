@@ -1,0 +1,14 @@
+"A module that can be run, as `umt.stage1` can: the first process is slow to write what the next run of the job needs."
+import json, os, time
+from pathlib import Path
+
+from umt.training import start_accelerator
+
+
+def main(argv):
+    config = json.loads(Path(argv[1]).read_text())
+    if 'needs' in config: assert Path(config['needs']).exists(), f'process {os.environ["RANK"]} began before {config["needs"]} was there'
+    start_accelerator().wait_for_everyone()
+    if os.environ['RANK'] == '0':
+        time.sleep(1)
+        Path(argv[1]).with_name('made').write_text('')
