@@ -158,15 +158,26 @@ class VideoTransformer(nn.Module):
         self.norm = LayerNorm(embed_dim) if final_norm else nn.Identity()
         self.apply(init_linear)
 
+    def num_tokens(self,
+        video: torch.Tensor, # [B, 3, T, H, W]; T = num_frames, or tubelet_size: an image
+    ) -> int: # N, tokens that a clip of this shape has
+        "Raises ValueError if the video does not fit, or is an image and the positions of one are not at hand"
+        size, frames, tubelet, base = (self.config[k] for k in ('image_size', 'num_frames', 'tubelet_size', 'base_grid'))
+        expected = (3, frames, size, size)
+        if tuple(video.shape[1:]) == expected: return len(self.positions)
+        if tuple(video.shape[1:]) != (3, tubelet, size, size):
+            raise ValueError(f'video must be [B, *{expected}], or an image with T = {tubelet}, got {list(video.shape)}')
+        if base and base[0] > self.grid[0]: raise ValueError(f'an image, but the positions were squeezed in time, from {base} to {self.grid}')
+        return prod(self.grid[1:])
+
     def forward(self,
-        video: torch.Tensor, # [B, 3, T, H, W]
+        video: torch.Tensor, # [B, 3, T, H, W]; T = num_frames, or tubelet_size: an image
         index: torch.Tensor | None = None, # int64 [B, n], the tokens to look at; None = all
         num_layers: int = 1, # how many of the last layers to return
     ) -> torch.Tensor: # [num_layers, B, n, embed_dim], shallow to deep
-        expected = (3, self.config['num_frames'], self.config['image_size'], self.config['image_size'])
-        if tuple(video.shape[1:]) != expected: raise ValueError(f'video must be [B, *{expected}], got {list(video.shape)}')
+        num_tokens = self.num_tokens(video)
         x = self.patch_embed(video, index)
-        token = torch.arange(len(self.positions), device=x.device)[None] if index is None else index
+        token = torch.arange(num_tokens, device=x.device)[None] if index is None else index
         x = x + self.positions[token].to(x.dtype)
         attn_mask = same_frame(token, prod(self.grid[1:])) if self.config['attention'] == 'spatial' else None
         outputs = []
@@ -179,10 +190,10 @@ class VideoTransformer(nn.Module):
 # %% ../nbs/05_student.ipynb #893b9418
 class AlignmentHead(nn.Module):
     "From the student's width to the teacher's: linear, LayerNorm, unit length in float32"
-    def __init__(self, dim, target_dim):
+    def __init__(self, dim, target_dim, norm_eps=1e-6):
         super().__init__()
         self.head = nn.Linear(dim, target_dim)
-        self.norm = LayerNorm(target_dim)
+        self.norm = nn.LayerNorm(target_dim, eps=norm_eps)
         self.apply(init_linear)
 
     def forward(self, x): return F.normalize(self.norm(self.head(x)).float(), dim=-1)
@@ -191,27 +202,37 @@ class AlignmentHead(nn.Module):
 class Student(nn.Module):
     "What Stage 1 trains. Raises ValueError if there are fewer blocks than layers to align"
     def __init__(self,
-        aligned_layers: int = 6, # K: align the outputs of the last K blocks
+        aligned_layers: int = 6, # K: align the outputs of the last K blocks; 0 = no heads
         target_dim: int = 512, # channels of the teacher's tokens
+        align_eps: float = 1e-6, # of the heads' LayerNorm; the reference has 1e-6 in Stage 1, 1e-5 in Stage 2
         **encoder, # arguments of `VideoTransformer`
     ):
         super().__init__()
         self.encoder = VideoTransformer(**encoder)
-        self.config = dict(aligned_layers=aligned_layers, target_dim=target_dim, **self.encoder.config)
-        if aligned_layers > self.config['depth']: raise ValueError(f"{aligned_layers=}, but there are {self.config['depth']} blocks")
-        self.alignment_heads = nn.ModuleList(AlignmentHead(self.config['embed_dim'], target_dim) for _ in range(aligned_layers))
+        self.config = dict(aligned_layers=aligned_layers, target_dim=target_dim, align_eps=align_eps, **self.encoder.config)
+        depth, dim = self.config['depth'], self.config['embed_dim']
+        if not 0 <= aligned_layers <= depth: raise ValueError(f'{aligned_layers=}, but there are {depth} blocks')
+        self.alignment_heads = nn.ModuleList(AlignmentHead(dim, target_dim, align_eps) for _ in range(aligned_layers))
+
+    def align(self,
+        layers: torch.Tensor, # [K, B, n, embed_dim], what the encoder gives with `num_layers=K`
+        index: torch.Tensor | None = None, # int64 [B, n], the tokens that were looked at; None = all
+    ) -> torch.Tensor: # unit vectors [K, B, n, target_dim]
+        "The heads alone. Raises ValueError if there are none, or not as many as layers"
+        if len(layers) != len(self.alignment_heads) or not len(layers):
+            raise ValueError(f'{len(layers)} layers to align, but the student has {len(self.alignment_heads)} heads')
+        position = self.encoder.positions[:layers.shape[2]] if index is None else self.encoder.positions[index]
+        return torch.stack([head(y) for head, y in zip(self.alignment_heads, layers + position.to(layers.dtype))])
 
     def forward(self,
-        video: torch.Tensor, # [B, 3, T, H, W]
+        video: torch.Tensor, # [B, 3, T, H, W]; T = num_frames, or tubelet_size: an image
         mask: torch.Tensor | None = None, # bool [B, N], True = masked; None = all visible
         num_visible: int | None = None, # visible tokens per clip, if known (see `visible_index`)
     ) -> torch.Tensor: # unit vectors [K, B, visible, target_dim], shallow to deep
-        expected = (len(video), len(self.encoder.positions))
+        expected = (len(video), self.encoder.num_tokens(video))
         if mask is not None and mask.shape != expected: raise ValueError(f'mask must be [B, N] = {list(expected)}, got {list(mask.shape)}')
         index = None if mask is None else visible_index(mask, num_visible)
-        x = self.encoder(video, index, num_layers=len(self.alignment_heads))
-        position = self.encoder.positions if index is None else self.encoder.positions[index]
-        return torch.stack([head(y) for head, y in zip(self.alignment_heads, x + position.to(x.dtype))])
+        return self.align(self.encoder(video, index, num_layers=max(len(self.alignment_heads), 1)), index)
 
 # %% ../nbs/05_student.ipynb #ad6de42f
 SIZES = dict(
