@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PICTOGRAMS', 'CATEGORIES', 'ACTIONS', 'SCENES', 'SPLITS', 'VERSION', 'PLACES', 'VERBS', 'Object', 'objects', 'sprite',
            'Actor', 'ClipSpec', 'pose', 'clip_spec', 'reverse', 'scene_texture', 'render', 'still_captions', 'stills',
-           'captions', 'questions', 'boxes', 'write_mp4', 'video_path', 'generate']
+           'captions', 'questions', 'boxes', 'write_mp4', 'video_path', 'generate', 'generate_stills']
 
 # %% ../nbs/01_emoji_motion.ipynb #e66c0a2b
-import fcntl, gzip, io, json, os, time, unicodedata
+import fcntl, gzip, io, json, os, re, time, unicodedata
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -478,12 +479,18 @@ def _write_names(root: Path, num_objects: int) -> None:
     _write(root / 'CREDITS.txt', f'{ATTRIBUTION} (https://openmoji.org, https://creativecommons.org/licenses/by-sa/4.0/)\n'
            'The clips are adaptations of OpenMoji pictograms and carry the same licence.\n')
 
+# %% ../nbs/01_emoji_motion.ipynb #ef5f2b54
+def _of_stills(path: Path) -> bool: # below the root
+    "Is it what `generate_stills` writes, or the lock?"
+    root, name = path.parent, path.name
+    return name == '.lock' or (name == 'images' and any(root.glob('stills_*.json'))) or bool(re.fullmatch(f'(captions_)?stills_({"|".join(SPLITS)}).json', name))
+
 # %% ../nbs/01_emoji_motion.ipynb #ef0fc0b3
 def _claim(root: Path, config: dict) -> bool:
     "Record whose root this is; True if it is complete. A root of another config: `ValueError`, naming the difference."
     path = root / 'config.json'
     if not path.exists():
-        if {p.name for p in root.iterdir()} - {'.lock'}: raise ValueError(f'{root}: not empty, and no config.json of EmojiMotion')
+        if any(not _of_stills(p) for p in root.iterdir()): raise ValueError(f'{root}: not empty, and no config.json of EmojiMotion')
         _write(path, json.dumps(config, indent=1))
     found = json.loads(path.read_text())
     differ = [f'{k}: {found.get(k)!r} there, {config.get(k)!r} wanted' for k in {**found, **config} if found.get(k) != config.get(k)]
@@ -491,14 +498,14 @@ def _claim(root: Path, config: dict) -> bool:
     return (root / 'complete').exists()
 
 # %% ../nbs/01_emoji_motion.ipynb #837bad0c
-def _run(jobs: list, num_workers: int) -> None:
+def _run(make: Callable, jobs: list, num_workers: int, what: str = 'clips') -> None:
     "Write the clips, in worker processes or (0) in this one, and say how far it is."
     start = said = time.monotonic()
     pool = ProcessPoolExecutor(num_workers, get_context('spawn')) if num_workers else None
     try:
-        for i, _ in enumerate(pool.map(_make_clip, jobs, chunksize=8) if pool else map(_make_clip, jobs), 1):
+        for i, _ in enumerate(pool.map(make, jobs, chunksize=8) if pool else map(make, jobs), 1):
             if (now := time.monotonic()) - said > 5 or i == len(jobs):
-                print(f'EmojiMotion: {i}/{len(jobs)} clips, {i / (now - start):.0f} clips/s', flush=True)
+                print(f'EmojiMotion: {i}/{len(jobs)} {what}, {i / (now - start):.0f} {what}/s', flush=True)
                 said = now
     finally:
         if pool: pool.shutdown(cancel_futures=True)
@@ -511,7 +518,7 @@ def _fill(root: Path, num_clips: dict[str, int], shape: dict, num_workers: int) 
     for left in root.glob('videos/*/.*'): left.unlink()      # half a clip of a run that was killed
     jobs = [(root, dict(split=s.split, index=i, **shape)) for some in specs.values() for i, s in enumerate(some)
             if not (root / video_path(s)).exists()]
-    _run(jobs, num_workers)
+    _run(_make_clip, jobs, num_workers)
     for split, some in specs.items():
         for write in (_write_lists, _write_texts, _write_boxes, _write_metadata): write(root, split, some)
     _write_names(root, shape['num_objects'])
@@ -542,3 +549,61 @@ def generate(
             _fill(root, num_clips, shape, os.cpu_count() if num_workers is None else num_workers)
             _write(root / 'complete', '')
     return root
+
+# %% ../nbs/01_emoji_motion.ipynb #2765a301
+def _still(
+    split: str,
+    index: int,         # which still of the split
+    seed: int = 0,
+    num_objects: int = 120,
+    image_size: int = 112,
+) -> tuple[ClipSpec, int]:  # a clip that is in no split, and the frame to take
+    "Describe a still: a time point at which the lead can be seen."
+    spec = clip_spec(split, 10**9 + index, seed, num_objects, image_size, heldout=False)
+    seen = [t for t in range(spec.num_frames) if pose(spec.lead, t, spec.num_frames)[-1] >= .5]
+    return spec, seen[spec.texture % len(seen)]
+
+
+def _image_path(split: str, index: int) -> str: return f'images/{split}/{split}_{index:06d}.jpg'
+
+# %% ../nbs/01_emoji_motion.ipynb #9e2d4411
+def _make_still(job: tuple[Path, dict]) -> None:
+    root, args = job
+    path, (spec, frame) = root / _image_path(args['split'], args['index']), _still(**args)
+    partial = path.with_name(f'.{path.name}.{os.getpid()}')
+    Image.fromarray(render(spec, [frame])[0]).save(partial, 'JPEG', quality=90)
+    partial.replace(path)
+
+# %% ../nbs/01_emoji_motion.ipynb #02f64219
+def _fill_stills(root: Path, n: int, split: str, shape: dict, num_workers: int) -> None:
+    "Make the stills that are missing, then their captions."
+    (root / 'images' / split).mkdir(parents=True, exist_ok=True)
+    for left in (root / 'images' / split).glob('.*'): left.unlink()
+    _run(_make_still, [(root, dict(split=split, index=i, **shape)) for i in range(n) if not (root / _image_path(split, i)).exists()], num_workers, 'stills')
+    _write_json(root / f'captions_stills_{split}.json', [dict(image=_image_path(split, i), caption=still_captions(_still(split, i, **shape)[0])) for i in range(n)])
+
+# %% ../nbs/01_emoji_motion.ipynb #983752ad
+def generate_stills(
+    root: str | Path,        # folder to fill; the clips of `generate` may be there, or come later
+    n: int,                  # how many; more than last time adds the rest
+    split: str = 'train',    # one of `SPLITS`
+    seed: int = 0,
+    num_objects: int = 120,  # 8 to 440
+    image_size: int = 112,   # pixels
+    num_workers: int | None = None,  # processes; None: one per CPU, 0: this process alone
+) -> Path:  # `captions_stills_<split>.json`, a list of {"image", "caption": [...]}
+    "Write captioned stills, or finish what was cut off. `ValueError` for an unknown split, and where other stills are (the difference is named)."
+    root, shape = Path(root), dict(seed=seed, num_objects=num_objects, image_size=image_size)
+    if split not in SPLITS: raise ValueError(f'split {split!r}: expected one of {SPLITS}')
+    _check_not_importing_main()
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / '.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path, file = root / f'stills_{split}.json', root / f'captions_stills_{split}.json'
+        found = json.loads(path.read_text()) if path.exists() else shape
+        if differ := [f'{k}: {found.get(k)!r} there, {v!r} wanted' for k, v in shape.items() if found.get(k) != v]:
+            raise ValueError(f'{path} is of other stills: {"; ".join(differ)}')
+        if not file.exists() or len(json.loads(file.read_text())) != n:
+            _write(path, json.dumps(shape))
+            _fill_stills(root, n, split, shape, os.cpu_count() if num_workers is None else num_workers)
+    return file
