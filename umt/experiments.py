@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['EVALUATED', 'PRESETS', 'RESULTS', 'Interval', 'interval', 'verdict', 'equal_verdict', 'code_version', 'content',
-           'identity', 'run_name', 'Chain', 'preset', 'vary', 'Plan', 'plan', 'run', 'values', 'table', 'wide',
-           'chance', 'show_table', 'compare', 'verdicts', 'costs', 'save_table', 'load_table', 'recorded',
-           'check_parameters']
+           'identity', 'run_name', 'Chain', 'module_of', 'preset', 'vary', 'Plan', 'make_data', 'plan', 'run', 'values',
+           'table', 'wide', 'chance', 'show_table', 'compare', 'verdicts', 'costs', 'save_table', 'load_table',
+           'recorded', 'check_parameters']
 
 # %% ../nbs/15_experiments.ipynb #d4470df3
-import ast, hashlib, importlib.util, json, math, time
+import ast, hashlib, importlib.util, json, math, sys, time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from scipy.stats import t as student_t
 
-from . import launchers, recognition, stage1
+from . import recognition, stage1
 from .launchers import Job, follow, make_launcher, prepare
 from .recognition import RecognitionConfig
 from .stage1 import Stage1Config
@@ -102,8 +102,9 @@ def code_version(
 def content(
     value: Any, # of a config's field
     root: str | Path, # of the data
-) -> str | None: # hash of a file, or of the weights in a run's folder; None if there is no such file
-    "What is in the file that a config names."
+) -> str | list | None: # hash of a file, or of the weights in a run's folder; None if there is no such file
+    "What is in the file that a config names; for several, in each of them (a name that is none stays)."
+    if isinstance(value, list) and any(content(v, root) for v in value): return [content(v, root) or v for v in value]
     if not isinstance(value, str) or not value: return None
     for path in (Path(root)/value, Path(value)):
         file = path/'model.safetensors' if path.is_dir() else path
@@ -133,14 +134,24 @@ def run_name(
 # %% ../nbs/15_experiments.ipynb #7aa08e50
 @dataclass(frozen=True)
 class Chain:
-    "How one number comes about: a pre-training, and the task that its student is judged by."
-    pretrain: Stage1Config | None # None: the task's `init` says what to start from
-    task: RecognitionConfig # its `init` is the pre-training
+    "How one number comes about: runs one after the other, each of which starts from the one before it (its `init`); the last one is measured."
+    configs: tuple[TrainConfig, ...] # of `umt.stage1`, `umt.recognition`, ...
+
+    @property
+    def pretrain(self) -> TrainConfig: return self.configs[0]
+    @property
+    def task(self) -> TrainConfig: return self.configs[-1]
+
+def module_of(
+    config: TrainConfig, # of a run
+) -> str: # 'umt.stage1'
+    "The module that runs a config: the one that defines it."
+    return type(config).__module__
 
 def _emoji(pretrain: Stage1Config, task: RecognitionConfig) -> dict[str, Chain]:
     "Both tasks of EmojiMotion on the same pre-training."
     lists = {kind: dict(train_list=f'{kind}_train.csv', val_list=f'{kind}_test.csv', num_classes=classes) for kind, classes in (('category', 8), ('action', 10))}
-    return {kind: Chain(pretrain, replace(task, **changes)) for kind, changes in lists.items()}
+    return {kind: Chain((pretrain, replace(task, **changes))) for kind, changes in lists.items()}
 
 # %% ../nbs/15_experiments.ipynb #f2be226b
 PRESETS = dict(
@@ -148,33 +159,37 @@ PRESETS = dict(
     quick=_emoji(stage1.PRESETS['quick_emoji'], replace(recognition.PRESETS['nano_linear'], epochs=2, batch_size=16)),
     small_emoji=_emoji(stage1.PRESETS['small_emoji'], replace(recognition.PRESETS['nano_emoji'], num_frames=8, train_clips=4000, drop_path=.1, epochs=20, warmup_epochs=2,
                                                               batch_size=64, lr=.004, min_lr=4e-5, precision='bf16', num_workers=12)),
-    b16_paper={'K400': Chain(stage1.PRESETS['b16_k400'], replace(recognition.PRESETS['b16_k710'], **recognition.lists('k400', 400), classes=None, micro_batch_size=8)),
-               'SSV2': Chain(stage1.PRESETS['b16_ssv2'], replace(recognition.PRESETS['b16_ssv2'], micro_batch_size=8))}) # 8 clips: both stages fit 32 processes
+    b16_paper={'K400': Chain((stage1.PRESETS['b16_k400'], replace(recognition.PRESETS['b16_k710'], **recognition.lists('k400', 400), classes=None, micro_batch_size=8))),
+               'SSV2': Chain((stage1.PRESETS['b16_ssv2'], replace(recognition.PRESETS['b16_ssv2'], micro_batch_size=8)))}) # 8 clips: both stages fit 32 processes
 
 # %% ../nbs/15_experiments.ipynb #3e29c35d
 def preset(
-    name: str, # one of PRESETS
+    name: str, # one of `presets`
     out: str | Path, # where runs are kept; EmojiMotion is made in it if it has no other place
-    **data_roots: str, # task -> folder of its data, where it is not EmojiMotion's; `emoji` for that. Empty: not given
+    presets: Mapping[str, Mapping[str, Chain]] = PRESETS, # to choose from: of recognition, or `RETRIEVAL`
+    **data_roots: str, # task (or 'stage1', 'stage2', where its data lie apart) -> folder, where it is not EmojiMotion's; `emoji` for that. Empty: not given
 ) -> dict[str, Chain]: # task -> chain
     "The chains of a preset, with their data in place. ValueError for an unknown name or task, or for data whose place is not given."
-    if name not in PRESETS: raise ValueError(f'unknown preset {name!r}, expected one of {", ".join(PRESETS)}' + did_you_mean(name, list(PRESETS)))
+    if name not in presets: raise ValueError(f'unknown preset {name!r}, expected one of {", ".join(presets)}' + did_you_mean(name, list(presets)))
     chains, given = {}, {task.lower(): str(Path(root).resolve()) for task, root in data_roots.items() if root}
-    for task, chain in PRESETS[name].items():
-        emoji = chain.pretrain.emoji_clips
+    for task, chain in presets[name].items():
+        emoji = getattr(chain.pretrain, 'emoji_clips', 0)
         root = given.get('emoji', str(Path(out).resolve()/f'emoji_motion_{emoji}')) if emoji else given.get(task.lower())
         if root is None: raise ValueError(f'preset {name!r} needs the folder of {task}: {task.lower()}_root')
-        chains[task] = Chain(replace(chain.pretrain, data_root=root), replace(chain.task, data_root=root))
+        stages = [replace(config, data_root=given.get(module_of(config).removeprefix('umt.'), root)) for config in chain.configs[:-1]]
+        chains[task] = Chain((*stages, replace(chain.task, data_root=root)))
     return chains
 
 # %% ../nbs/15_experiments.ipynb #a22a1367
 def vary(
     chains: Mapping[str, Chain], # of `preset`
-    task: dict | None = None, # field = value, of every task's config
-    **pretrain, # field = value, of every pre-training
+    task: dict | None = None, # field = value, of the last config of every chain
+    **pretrain, # field = value, of the first one
 ) -> dict[str, Chain]: # changed copies
     "Change the recipe of all chains; ValueError for an unknown field or a value of a wrong type."
-    return {name: Chain(override(chain.pretrain, **pretrain), override(chain.task, **task or {})) for name, chain in chains.items()}
+    def changed(first, *others): return (override(first, **pretrain), *others)
+    found = {name: (*changed(*chain.configs[:-1]), override(chain.task, **task or {})) for name, chain in chains.items()}
+    return {name: Chain(configs) for name, configs in found.items()}
 
 # %% ../nbs/15_experiments.ipynb #ec572c39
 @dataclass
@@ -195,11 +210,18 @@ class Plan:
             raise RuntimeError(f'{len(missing)} runs are not done:\n' + '\n'.join(f'  {what}: {f}/log.txt' for f, what in missing.items()))
 
 # %% ../nbs/15_experiments.ipynb #707024c8
-def _prepare(out: Path, module: str, config: TrainConfig, parent: Path | None = None) -> Path:
+def _prepare(out: Path, config: TrainConfig, parent: Path | None = None) -> Path:
     "The prepared folder of a run."
-    about = identity(module, config, parent and parent.name)
+    about = identity(module_of(config), config, parent and parent.name)
     folder = out/run_name(about)
-    return prepare(folder, module, config_dict(replace(config, run_dir=str(folder), **({'init': str(parent)} if parent else {}))), identity=about)
+    return prepare(folder, module_of(config), config_dict(replace(config, run_dir=str(folder), **({'init': str(parent)} if parent else {}))), identity=about)
+
+def make_data(
+    rows: Mapping[str, Mapping[str, Chain]], # row -> task -> chain
+):
+    "Make the data that the recipes make: where a module has `make_data`, for each of its data folders once."
+    configs = [config for chains in rows.values() for chain in chains.values() for config in chain.configs]
+    for config in {(module_of(c), c.data_root): c for c in configs}.values(): getattr(sys.modules[module_of(config)], 'make_data', lambda config: None)(config)
 
 def plan(
     rows: Mapping[str, Mapping[str, Chain]], # row -> task -> chain
@@ -208,17 +230,17 @@ def plan(
 ) -> Plan:
     "Make the data where the recipe makes them, name the runs and prepare their folders; nothing is trained."
     out, seeds = Path(out).resolve(), tuple(range(seeds) if isinstance(seeds, int) else seeds)
-    for config in {c.pretrain.data_root: c.pretrain for chains in rows.values() for c in chains.values() if c.pretrain}.values(): stage1.build_dataset(config)
+    make_data(rows)
     folders, jobs = {}, {}
     for row, chains in rows.items():
         for seed in seeds:
             for task, chain in chains.items():
-                first = _prepare(out, 'umt.stage1', override(chain.pretrain, seed=seed)) if chain.pretrain else None
-                last = _prepare(out, 'umt.recognition', override(chain.task, seed=seed), first)
-                folders[row, task, seed] = (first, last) if first else (last,)
-                names, members = jobs.setdefault(first or last, ([], {first or last: None}))
+                parts = []
+                for config in chain.configs: parts.append(_prepare(out, override(config, seed=seed), parts[-1] if parts else None))
+                folders[row, task, seed] = tuple(parts)
+                names, members = jobs.setdefault(parts[0], ([], {}))
                 names.append(f'{row}, seed {seed}')
-                members[last] = None
+                members |= dict.fromkeys(parts)
     return Plan(dict(rows), seeds, folders, [Job(names[0], tuple(members)) for names, members in jobs.values()])
 
 # %% ../nbs/15_experiments.ipynb #19b415c4
@@ -257,17 +279,19 @@ def values(
 # %% ../nbs/15_experiments.ipynb #37b330e7
 def table(
     planned: Plan, # of `run`
-    metric: str = 'top1', # in evaluation.json
+    metric: str | Mapping[str, str] = 'top1', # in evaluation.json; or several: what it is called in the table -> metric
 ) -> pd.DataFrame: # row, task, mean, half_width, n, device_hours (sum over seeds), hardware, commit ('+': with changed files), runs
-    "What came out, with 95 % intervals over seeds. Rows without a finished seed have n = 0."
-    lines = []
+    "What came out, with 95 % intervals over seeds. Rows without a finished seed have n = 0. With several metrics `task` is 'task, metric', or the metric alone if there is one task."
+    lines, metrics = [], {'': metric} if isinstance(metric, str) else metric
     for row, chains in planned.rows.items():
         for task in chains:
-            found = values(planned, row, task, metric)
-            mean, half_width, n = interval(list(found.values())) if found else (math.nan, math.nan, 0)
-            folders = list(dict.fromkeys(f for seed in found for f in planned.folders[row, task, seed]))
-            runs = [planned.folders[row, task, seed][-1].name for seed in found]
-            lines.append(dict(row=row, task=task, mean=mean, half_width=half_width, n=n, **_origin(folders), runs=runs))
+            folders = {seed: planned.folders[row, task, seed] for seed in planned.seeds if (planned.folders[row, task, seed][-1]/'done.json').exists()}
+            origin = _origin(list(dict.fromkeys(f for chain in folders.values() for f in chain))) | dict(runs=[chain[-1].name for chain in folders.values()])
+            for name, key in metrics.items():
+                found = values(planned, row, task, key)
+                mean, half_width, n = interval(list(found.values())) if found else (math.nan, math.nan, 0)
+                column = ', '.join(filter(None, (task if len(chains) > 1 or not name else '', name)))
+                lines.append(dict(row=row, task=column, mean=mean, half_width=half_width, n=n) | origin)
     return pd.DataFrame(lines)
 
 # %% ../nbs/15_experiments.ipynb #e2003bac
@@ -291,6 +315,7 @@ def show_table(
     label: str = '', # of the rows' axis
     beside: Mapping[str, pd.DataFrame] | None = None, # name -> further tables, whose rows of the same name are drawn beside
     line: bool = False, # the rows are numbers: connect them
+    metric: str = 'top-1', # of the other axis
 ): # matplotlib axes, one per task
     "Draw a table: means with intervals, rows from left to right, a panel per task."
     import matplotlib.pyplot as plt
@@ -302,7 +327,7 @@ def show_table(
             ax.errorbar([at[row] + .08 * i for row in part.row], part['mean'], yerr=part.half_width.where(part.n > 1, 0), fmt='o-' if line else 'o', capsize=4, label=name)
         ax.set_xticks(range(len(at)), at, rotation=0 if line else 20, fontsize=8)
         if chance: ax.axhline(chance[task], color='k', lw=.8, ls=':')
-        ax.set(title=task, xlabel=label, ylabel='top-1')
+        ax.set(title=task, xlabel=label, ylabel=metric)
         if beside: ax.legend(fontsize=7)
     return axes[0]
 
@@ -313,9 +338,10 @@ def compare(
     better: str, # row
     worse: str, # row
     equal: float | None = None, # the claim is that both are equal, up to this margin
+    metric: str = 'top1', # in evaluation.json
 ) -> str: # verdict
     "Judge a claim about two rows by their paired differences over the seeds that both have."
-    a, b = values(planned, better, task), values(planned, worse, task)
+    a, b = values(planned, better, task, metric), values(planned, worse, task, metric)
     both = sorted(a.keys() & b.keys())
     if not both: return 'not resolved (no seed is done in both rows)'
     pair = [a[s] for s in both], [b[s] for s in both]
@@ -324,18 +350,20 @@ def compare(
 def verdicts(
     planned: Plan, # of `run`
     claims: Mapping[str, tuple], # claim in words -> (task, better row, worse row[, margin of equality])
+    metric: str = 'top1', # in evaluation.json
 ) -> pd.Series: # claim -> verdict
     "Judge several claims."
-    return pd.Series({claim: compare(planned, *rows) for claim, rows in claims.items()}, name='verdict')
+    return pd.Series({claim: compare(planned, *rows, metric=metric) for claim, rows in claims.items()}, name='verdict')
 
 # %% ../nbs/15_experiments.ipynb #8a4e5491
 def costs(
     planned: Plan, # of `run`
+    which: int = 0, # of the chains' runs
 ) -> pd.DataFrame: # row -> peak_gib, clips_per_second, device_hours
     "Peak memory and speed of a process, and device-hours, of a row's pre-trainings: means over seeds (and over tasks, where each has its own)."
     lines = {}
     for row in planned.rows:
-        first = dict.fromkeys(chain[0] for (name, _, _), chain in planned.folders.items() if name == row and len(chain) > 1)
+        first = dict.fromkeys(chain[which] for (name, _, _), chain in planned.folders.items() if name == row and len(chain) > which + 1)
         results = [json.loads((f/'result.json').read_text()) for f in first if (f/'result.json').exists()]
         if results: lines[row] = {name: sum(r[name] for r in results) / len(results) for name in ('peak_gib', 'clips_per_second', 'device_hours')}
     return pd.DataFrame(lines).T
