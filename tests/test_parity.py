@@ -1,14 +1,17 @@
 "Numerical parity with the paper's reference implementation: recorded vectors (tiny_a, tiny_b) and golden numbers (B/16)"
-import json, os
+import json, os, sys
 from pathlib import Path
+from types import ModuleType
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from umt.checkpoints import (PUBLISHED_GRID, WeightsError, load_model, load_published, load_recognizer, load_student, load_teacher, published_names,
-                             read_state_dict, save_model, save_published, to_published)
-from umt.objectives import uta_loss
+from umt.checkpoints import (PUBLISHED_GRID, WeightsError, load_model, load_multimodal, load_published, load_recognizer, load_student, load_teacher,
+                             published_names, read_state_dict, save_model, save_published, to_published)
+from umt.multimodal import Multimodal
+from umt.objectives import match_negatives, mlm_loss, similarity, uta_loss, vtc_loss
 from umt.student import SIZES, Recognizer, Student, position_table
 from umt.teacher import Teacher, open_clip_visual
 
@@ -136,6 +139,181 @@ def test_teacher_report(tiny, tmp_path, capsys):
     with pytest.raises(WeightsError, match='ln_post.bias'): load_teacher(tmp_path/'clip.pth')
     torch.save(state | {name.replace('ln_post', 'ln_extra'): state[name]}, tmp_path/'clip.pth')
     with pytest.raises(WeightsError, match='ln_extra.bias'): load_teacher(tmp_path/'clip.pth')
+
+
+# Stage 2 and retrieval: one recorded model (tiny_a)
+
+TINY = dict(image_size=64, num_frames=4, num_heads=2, text_heads=2)
+
+
+@pytest.fixture(scope='module')
+def stage2():
+    if not (REFERENCE/'tiny_a').exists(): pytest.skip(f'no reference vectors at {REFERENCE} (set UMT_REFERENCE_DIR)')
+    return REFERENCE/'tiny_a'/'stage2.pth'
+
+
+@pytest.fixture(scope='module')
+def multimodal(stage2): return load_multimodal(stage2, **TINY).eval()
+
+
+@pytest.fixture(scope='module')
+def recorded(stage2):
+    io = load_file(stage2.with_name('stage2_io.safetensors'))
+    return io | {medium: io[medium].transpose(1, 2) for medium in ('video', 'image')}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('medium', ['video', 'image'])
+def test_stage2_video_side(stage2, multimodal, recorded, medium):
+    "Tokens, poolings, aligned tokens, the targets of the teacher in the file, and the loss between them"
+    io = {name.removeprefix(f'{medium}_'): tensor for name, tensor in recorded.items() if name.startswith(f'{medium}_')}
+    whole, seen = multimodal.encode_video(recorded[medium]), multimodal.encode_video(recorded[medium], io['mask'])
+    target = load_teacher(stage2, aligned_layers=3)(recorded[medium], io['mask']).tokens
+    found = dict(tokens=whole.tokens, pooled=whole.pooled, visible_tokens=seen.tokens, visible_pooled=seen.pooled, aligned=seen.aligned,
+                 target=target, uta_loss=uta_loss(seen.aligned, target)[None])
+    assert found.keys() | {'mask'} == io.keys() and whole.aligned is None
+    for name, tensor in found.items():
+        expected = F.normalize(io[name], dim=-1) if name in ('aligned', 'target') else io[name]  # recorded before they were given unit length
+        assert_close(tensor, expected, **close, msg=lambda m: f'{medium}_{name}: {m}')
+
+
+@torch.no_grad()
+def test_stage2_text_side(multimodal, recorded):
+    "What the texts become; how they compare with, match, and are guessed from the visible tokens of the videos"
+    io, attention_mask = recorded, recorded['attention_mask']
+    hidden, seen = multimodal.encode_text(io['input_ids'], attention_mask), multimodal.encode_video(io['video'], io['video_mask'])
+    video, text = multimodal.embed_video(seen.pooled), multimodal.embed_text(hidden)
+    assert_close(hidden, io['text_tokens'], **close)
+    assert_close(hidden[:, 0], io['text_pooled'], **close)
+    assert_close(similarity(video, text) / multimodal.temperature, io['similarity_v2t'], **close)
+    assert_close(vtc_loss(video, text, io['sample_id'], multimodal.temperature)[None], io['vtc_loss'], **close)
+    logits = torch.stack([multimodal.match(hidden, attention_mask, tokens.expand(len(hidden), -1, -1)) for tokens in seen.tokens])
+    assert_close(logits, io['match_logits'], **close)
+    masked = multimodal.encode_text(io['mlm_input_ids'], attention_mask)
+    words = multimodal.text.predict_words(multimodal.text.fuse(masked, attention_mask, seen.tokens))
+    assert_close(words, io['mlm_logits'], **close)
+    assert_close(mlm_loss(words.flatten(0, 1), io['mlm_labels'].flatten())[None], io['mlm_loss'], **close)
+
+
+@torch.no_grad()
+def test_stage2_step(stage2, multimodal, recorded):
+    "The losses that one training step computes in `forward`, where words are guessed at the chosen places only"
+    io, labels = recorded, recorded['mlm_labels'].flatten()
+    places = (labels != -100).nonzero()[:, 0]
+    batch = dict(video=io['video'], input_ids=io['input_ids'], attention_mask=io['attention_mask'], sample_id=io['sample_id'], key=torch.arange(6),
+                 mlm_ids=io['mlm_input_ids'], mlm_positions=places, mlm_labels=labels[places])
+    target = load_teacher(stage2, aligned_layers=3)(io['video'], io['video_mask']).tokens
+    losses = multimodal(batch, dict(uta=1., vtc=1., vtm=1., mlm=1.), io['video_mask'], 16, target)
+    for ours, theirs in dict(uta='video_uta_loss', vtc='vtc_loss', mlm='mlm_loss').items(): assert_close(losses[ours][None], io[theirs], **close)
+    pair, each = -io['match_logits'].log_softmax(-1), torch.arange(6)  # [video, text, class]
+    video, text, exists = match_negatives(io['similarity_v2t'], io['sample_id'], batch['key'])
+    assert exists.all() and not (io['sample_id'] == io['sample_id'][video]).any() and not (io['sample_id'] == io['sample_id'][text]).any()
+    expected = (pair[each, each, 1] + pair[video, each, 0] + pair[each, text, 0]).mean() / 3
+    assert_close(losses['vtm'], expected, **close)
+
+
+@torch.no_grad()
+def test_dual_retrieval(stage2, multimodal):
+    "Scores of the two encoders alone"
+    io = load_file(stage2.with_name('retrieval_io.safetensors'))
+    video = multimodal.embed_video(multimodal.encode_video(io['video'].transpose(1, 2)).pooled)
+    scores = similarity(video, multimodal.embed_text(multimodal.encode_text(io['input_ids'], torch.ones_like(io['input_ids']))))
+    assert_close(scores, io['dual_v2t'], **close)
+    assert_close(scores.T, io['dual_t2v'], **close)
+
+
+def test_stage2_round_trip(stage2, multimodal, tmp_path):
+    "Published -> ours -> our format -> published, teacher included or not: every tensor, name, shape and type, to the bit"
+    expected, clip = read_state_dict(stage2), load_teacher(stage2, aligned_layers=3)
+    save_model(multimodal, tmp_path/'ours')
+    save_published(load_model(tmp_path/'ours'), tmp_path/'alone.pth')
+    save_published(load_model(tmp_path/'ours'), tmp_path/'both.pth', clip)
+    for file, wanted in (('alone.pth', {k: v for k, v in expected.items() if not k.startswith('clip_teacher.')}), ('both.pth', expected)):
+        got = read_state_dict(tmp_path/file)
+        assert set(got) == set(wanted) and list(dict.fromkeys(k.split('.')[0] for k in got)) == list(dict.fromkeys(k.split('.')[0] for k in wanted))
+        assert all(torch.equal(got[k], wanted[k]) and got[k].dtype == wanted[k].dtype and got[k].shape == wanted[k].shape for k in wanted)
+
+
+def as_retrieval(state):
+    "What fine-tuning leaves of a Stage-2 file"
+    return {name.replace('text_encoder.bert.', 'text_encoder.'): tensor for name, tensor in state.items()
+            if not any(part in name for part in ('clip_teacher.', 'clip_decoder.', 'text_encoder.cls.'))}
+
+
+@torch.no_grad()
+def test_retrieval_files(stage2, multimodal, recorded, tmp_path, capsys):
+    "Keys without `bert.`, no heads, no teacher; the same answers. Twelve frames, as retrieval is fine-tuned with, need nothing else"
+    state = as_retrieval(read_state_dict(stage2))
+    torch.save(dict(model=state), tmp_path/'ret.pth')
+    model = load_published(tmp_path/'ret.pth', 64, 4, 2, 2).eval()
+    assert type(model) is Multimodal and f'loaded        {len(state) - 1}' in (report := capsys.readouterr().out) and 'ignored         1' in report
+    whole, expected = model.encode_video(recorded['video']), multimodal.encode_video(recorded['video'])
+    assert_close(whole.pooled, recorded['video_pooled'], **close)
+    hidden, attention_mask = model.encode_text(recorded['input_ids'], recorded['attention_mask']), recorded['attention_mask']
+    assert_close(hidden, recorded['text_tokens'], **close)
+    assert torch.equal(model.match(hidden, attention_mask, whole.tokens), multimodal.match(hidden, attention_mask, expected.tokens))
+    save_model(model, tmp_path/'ours')
+    save_published(load_model(tmp_path/'ours'), tmp_path/'again.pth')
+    again = read_state_dict(tmp_path/'again.pth')
+    assert again.keys() == state.keys() and all(torch.equal(again[k], state[k]) for k in state)
+    twelve = load_multimodal(tmp_path/'ret.pth', **TINY | dict(num_frames=12)).eval()
+    assert twelve.encode_video(torch.randn(1, 3, 12, 64, 64)).pooled.shape == (1, 12, 64)
+
+
+@pytest.mark.parametrize('teacher', [True, False])
+def test_stage2_report(stage2, tmp_path, capsys, teacher):
+    "The teacher and `position_ids` are left aside by name; all else is loaded"
+    state = {k: v for k, v in read_state_dict(stage2).items() if teacher or not k.startswith('clip_teacher.')}
+    torch.save(state, tmp_path/'file.pth')
+    load_multimodal(tmp_path/'file.pth', **TINY)
+    kinds = {line.split()[0]: int(line.split()[1]) for line in capsys.readouterr().out.splitlines()[1:]}
+    assert kinds == dict(loaded=163, renamed=kinds['renamed'], interpolated=0, ignored=1 + 56 * teacher, missing=0, unexpected=0, mismatched=0)
+
+
+@pytest.mark.parametrize('change, expected', [
+    (lambda s: s.pop('text_encoder.bert.encoder.layer.3.crossattention.self.key.bias'), 'missing         1  .*crossattention.self.key.bias'),
+    (lambda s: [s.pop(f'text_encoder.cls.predictions.{name}') for name in ('bias', 'decoder.bias')], 'missing         2  text_encoder.cls'),
+    (lambda s: s.pop('vision_encoder.clip_decoder.1.norm.bias'), 'missing         1  vision_encoder.clip_decoder.1.norm.bias'),
+    (lambda s: s.pop('temp'), 'missing         1  temp'),
+    (lambda s: s.update({'vision_encoder.cls_token': torch.ones(3)}), 'unexpected      1  vision_encoder.cls_token'),
+    (lambda s: s.update({'vision_encoder.pool_norm.bias': torch.ones(3)}), 'mismatched      1  vision_encoder.pool_norm.bias'),
+    (lambda s: s.update({'text_encoder.cls.predictions.decoder.weight': torch.ones(97, 64)}), 'decoder.weight: differs from .*word_embeddings.weight'),
+    (lambda s: s.update({'text_encoder.bert.embeddings.position_ids': torch.ones(1, 64, dtype=torch.long)}), 'position_ids is not 0, 1, 2'),
+    (lambda s: s.pop('itm_head.weight'), 'expected a Stage-2 or retrieval model'),
+])
+def test_stage2_strict(stage2, tmp_path, change, expected):
+    "No tensor is ignored, and none is read twice with different contents"
+    state = read_state_dict(stage2)
+    change(state)
+    torch.save(state, tmp_path/'file.pth')
+    with pytest.raises(WeightsError, match=expected): load_multimodal(tmp_path/'file.pth', **TINY)
+
+
+@pytest.mark.parametrize('file, kind', [('qa.pth', 'question-answering'), ('stage1_student.pth', 'Stage-1 student'), ('finetuned.pth', 'recogniser'),
+                                        ('clip_visual.pth', 'CLIP')])
+def test_other_files_are_refused_by_kind(stage2, file, kind):
+    "The reference's `b16_25m.pth` was a question-answering model for a time"
+    with pytest.raises(WeightsError, match=f'{file}: expected a Stage-2 or retrieval model, but it looks like a .*{kind}'):
+        load_multimodal(stage2.with_name(file), **TINY)
+
+
+def test_training_files(stage2, multimodal, tmp_path, monkeypatch):
+    "As the reference's Stage-2 trainer writes them: optimiser beside the model, config of a class of its own. Any other class is refused by name"
+    module = ModuleType('utils.easydict')
+    module.EasyDict = type('EasyDict', (dict,), dict(__module__='utils.easydict', __qualname__='EasyDict'))
+    module.Other = type('Other', (dict,), dict(__module__='utils.easydict', __qualname__='Other'))
+    config = module.EasyDict(lr=1e-4, optimizer=module.EasyDict(opt='adamW', betas=[.9, .999]))
+    config.__dict__.update(config)  # its fields are attributes, too
+    state = read_state_dict(stage2)
+    with monkeypatch.context() as patch:
+        for name in ('utils', 'utils.easydict'): patch.setitem(sys.modules, name, module)
+        checkpoint = dict(model=state, optimizer=dict(state={0: dict(step=3, exp_avg=torch.ones(9))}), config=config, epoch=9, global_step=3)
+        torch.save(checkpoint, tmp_path/'ckpt_09.pth')
+        torch.save(checkpoint | dict(config=module.Other()), tmp_path/'other.pth')
+    loaded = load_multimodal(tmp_path/'ckpt_09.pth', **TINY).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in multimodal.state_dict().items())
+    assert load_teacher(tmp_path/'ckpt_09.pth').target_dim == 32
+    with pytest.raises(WeightsError, match=r'would run code \(utils.easydict.Other\)'): load_multimodal(tmp_path/'other.pth', **TINY)
 
 
 # Golden numbers of B/16: weights from a recipe, so that no file is needed
