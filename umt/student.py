@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LayerNorm', 'SIZES', 'sinusoid_table', 'resize_positions', 'position_table', 'visible_index', 'gather_patches',
-           'Attention', 'PatchEmbed', 'init_linear', 'same_frame', 'token_grid', 'VideoTransformer', 'AlignmentHead',
-           'Student', 'pool_tokens', 'Recognizer', 'recognizer_from']
+           'Attention', 'PatchEmbed', 'init_linear', 'same_frame', 'token_grid', 'count_tokens', 'VideoTransformer',
+           'AlignmentHead', 'Student', 'pool_tokens', 'Recognizer', 'recognizer_from']
 
 # %% ../nbs/05_student.ipynb #6941f353
 from functools import partial
@@ -130,6 +130,21 @@ def token_grid(
     if image_size % patch_size: raise ValueError(f'{image_size=} is no multiple of {patch_size=}')
     return num_frames // tubelet_size, image_size // patch_size, image_size // patch_size
 
+# %% ../nbs/05_student.ipynb #b80524d1
+def count_tokens(
+    video: torch.Tensor, # [B, 3, T, H, W]; T = num_frames, or tubelet_size: an image
+    config: dict, # arguments of `VideoTransformer`
+    grid: tuple[int, int, int], # tokens of a clip over (time, rows, columns)
+) -> int: # N, tokens of this video
+    "Raises ValueError if the video does not fit the model, or is an image and the model has no positions for one"
+    size, frames, tubelet, base = (config[k] for k in ('image_size', 'num_frames', 'tubelet_size', 'base_grid'))
+    expected = (3, frames, size, size)
+    if tuple(video.shape[1:]) == expected: return prod(grid)
+    if tuple(video.shape[1:]) != (3, tubelet, size, size):
+        raise ValueError(f'video must be [B, *{expected}], or an image with T = {tubelet}, got {list(video.shape)}')
+    if base and base[0] > grid[0]: raise ValueError(f'an image, but the positions were squeezed in time, from {tuple(base)} to {grid}')
+    return prod(grid[1:])
+
 # %% ../nbs/05_student.ipynb #1c42ee2a
 class VideoTransformer(nn.Module):
     "Plain video ViT: patches, fixed positions, pre-norm blocks; no class token. Raises ValueError for sizes that do not fit"
@@ -158,17 +173,7 @@ class VideoTransformer(nn.Module):
         self.norm = LayerNorm(embed_dim) if final_norm else nn.Identity()
         self.apply(init_linear)
 
-    def num_tokens(self,
-        video: torch.Tensor, # [B, 3, T, H, W]; T = num_frames, or tubelet_size: an image
-    ) -> int: # N, tokens that a clip of this shape has
-        "Raises ValueError if the video does not fit, or is an image and the positions of one are not at hand"
-        size, frames, tubelet, base = (self.config[k] for k in ('image_size', 'num_frames', 'tubelet_size', 'base_grid'))
-        expected = (3, frames, size, size)
-        if tuple(video.shape[1:]) == expected: return len(self.positions)
-        if tuple(video.shape[1:]) != (3, tubelet, size, size):
-            raise ValueError(f'video must be [B, *{expected}], or an image with T = {tubelet}, got {list(video.shape)}')
-        if base and base[0] > self.grid[0]: raise ValueError(f'an image, but the positions were squeezed in time, from {base} to {self.grid}')
-        return prod(self.grid[1:])
+    def num_tokens(self, video): return count_tokens(video, self.config, self.grid)
 
     def forward(self,
         video: torch.Tensor, # [B, 3, T, H, W]; T = num_frames, or tubelet_size: an image

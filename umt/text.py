@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MINILM', 'BERT_FIELDS', 'FUSION_LAYER', 'clean_text', 'bert_folder', 'Tokenizer', 'FusionLayer', 'init_bert',
-           'bert_config', 'TextModel', 'quiet_transformers', 'read_bert', 'load_text']
+           'bert_config', 'bert_parts', 'TextModel', 'quiet_transformers', 'read_bert', 'load_text']
 
 # %% ../nbs/17_text.ipynb #13a3ef63
 import re
@@ -45,12 +45,14 @@ def bert_folder(
 
 # %% ../nbs/17_text.ipynb #ba3e6876
 class Tokenizer:
-    "BERT's word pieces the reference's way. Raises ValueError if the folder's tokenizer is not like BERT's"
+    "BERT's word pieces the reference's way. FileNotFoundError if there is no tokenizer, ValueError if it is not like BERT's"
     def __init__(self,
         name: str | Path = MINILM, # of a BERT, see `bert_folder`
         sep: bool = False, # end with [SEP], as BERT itself does and the reference does not
     ):
-        tokenizer = AutoTokenizer.from_pretrained(bert_folder(name))
+        try: tokenizer = AutoTokenizer.from_pretrained(bert_folder(name))
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(f'{name}: no tokenizer, neither in a folder of that name nor on the hub ({str(error).splitlines()[0]})') from error
         special = {k: getattr(tokenizer, f'{k}_token_id', None) for k in ('pad', 'cls', 'sep', 'mask')}
         if None in special.values() or not tokenizer.is_fast: raise ValueError(f'{name}: no fast tokenizer with [PAD], [CLS], [SEP] and [MASK], as BERT has')
         self.pad_id, self.cls_id, self.sep_id, self.mask_id = special.values()
@@ -127,6 +129,25 @@ def bert_config(
     return config
 
 # %% ../nbs/17_text.ipynb #c4e123b1
+def bert_parts(
+    config: BertConfig, # from `bert_config`
+    vision_dim: int, # D, width of the video's tokens
+    fusion_layer: int, # first layer of the cross-modal decoder
+    lm_head: bool, # with the head that predicts masked words
+) -> dict[str, nn.Module]: # embeddings, encoder and cls, freshly initialised
+    "The modules of a `TextModel`, under the reference's names; output weight and bias of the head are tied. Raises ValueError if there is nothing to split"
+    depth = config.num_hidden_layers
+    if not 0 < fusion_layer < depth: raise ValueError(f'{fusion_layer=} must be in 1 ... {depth - 1}, to split {depth} layers in two')
+    layers = [BertLayer(config, i) if i < fusion_layer else FusionLayer(config, i, vision_dim) for i in range(depth)]
+    parts = dict(embeddings=BertEmbeddings(config), encoder=nn.ModuleDict(dict(layer=nn.ModuleList(layers))))
+    if lm_head: parts['cls'] = BertOnlyMLMHead(config)
+    for part in parts.values(): part.apply(lambda m: init_bert(m, config.initializer_range))
+    if lm_head:
+        output = parts['cls'].predictions
+        output.decoder.weight, output.decoder.bias = parts['embeddings'].word_embeddings.weight, output.bias
+    return parts
+
+# %% ../nbs/17_text.ipynb #a92ffe71
 class TextModel(nn.Module):
     "A BERT split in text encoder and cross-modal decoder. Raises ValueError for sizes that do not fit"
     def __init__(self,
@@ -137,23 +158,15 @@ class TextModel(nn.Module):
         **bert, # of `bert_config`: hidden_size, num_hidden_layers, ...
     ):
         super().__init__()
-        bert_fields = bert_config(**bert)
-        depth, self.hidden_size = bert_fields.num_hidden_layers, bert_fields.hidden_size
-        if not 0 < fusion_layer < depth: raise ValueError(f'{fusion_layer=} must be in 1 ... {depth - 1}, to split {depth} layers in two')
-        self.config = dict(vision_dim=vision_dim, fusion_layer=fusion_layer, lm_head=lm_head, checkpoint_layers=checkpoint_layers,
-                           **{k: getattr(bert_fields, k) for k in BERT_FIELDS})
-        self.embeddings = BertEmbeddings(bert_fields)
-        layers = [BertLayer(bert_fields, i) if i < fusion_layer else FusionLayer(bert_fields, i, vision_dim) for i in range(depth)]
-        self.encoder = nn.ModuleDict(dict(layer=nn.ModuleList(layers)))
-        if lm_head: self.cls = BertOnlyMLMHead(bert_fields)
-        self.apply(lambda m: init_bert(m, bert_fields.initializer_range))
-        if lm_head:
-            self.cls.predictions.decoder.weight = self.embeddings.word_embeddings.weight
-            self.cls.predictions.decoder.bias = self.cls.predictions.bias
+        bert = bert_config(**bert)
+        for name, part in bert_parts(bert, vision_dim, fusion_layer, lm_head).items(): self.add_module(name, part)
+        own = dict(vision_dim=vision_dim, fusion_layer=fusion_layer, lm_head=lm_head, checkpoint_layers=checkpoint_layers)
+        self.config, self.hidden_size = own | {k: getattr(bert, k) for k in BERT_FIELDS}, bert.hidden_size
 
-    def _run(self, layer, *inputs):
-        if self.training and self.config['checkpoint_layers']: return checkpoint(layer, *inputs, use_reentrant=False)
-        return layer(*inputs)
+    def _run(self, layers, hidden, attention_mask, *inputs):
+        recompute, mask = self.training and self.config['checkpoint_layers'], attention_mask.bool()[:, None, None, :]
+        for layer in layers: hidden = checkpoint(layer, hidden, mask, *inputs, use_reentrant=False) if recompute else layer(hidden, mask, *inputs)
+        return hidden
 
     def encode(self,
         input_ids: Tensor, # int64 [B, L], [CLS] first
@@ -161,9 +174,7 @@ class TextModel(nn.Module):
     ) -> Tensor: # [B, L, H]
         "The text encoder. Raises ValueError if the texts are longer than the positions"
         if input_ids.shape[1] > (limit := self.config['max_position_embeddings']): raise ValueError(f'{input_ids.shape[1]} tokens, but {limit} positions')
-        hidden, mask = self.embeddings(input_ids), attention_mask.bool()[:, None, None, :]
-        for layer in self.encoder.layer[:self.config['fusion_layer']]: hidden = self._run(layer, hidden, mask)
-        return hidden
+        return self._run(self.encoder.layer[:self.config['fusion_layer']], self.embeddings(input_ids), attention_mask)
 
     def fuse(self,
         hidden: Tensor, # [n, L, H], from `encode`
@@ -172,9 +183,7 @@ class TextModel(nn.Module):
     ) -> Tensor: # [n, L, H]
         "The cross-modal decoder. Raises ValueError if the texts cannot be dealt out to the videos"
         if len(hidden) % len(vision_tokens): raise ValueError(f'{len(hidden)} texts are no multiple of {len(vision_tokens)} videos')
-        mask = attention_mask.bool()[:, None, None, :]
-        for layer in self.encoder.layer[self.config['fusion_layer']:]: hidden = self._run(layer, hidden, mask, vision_tokens)
-        return hidden
+        return self._run(self.encoder.layer[self.config['fusion_layer']:], hidden, attention_mask, vision_tokens)
 
     def predict_words(self,
         hidden: Tensor, # [m, H], from `fuse`, at the masked positions only
@@ -200,14 +209,19 @@ def read_bert(
     "A BERT, with its masked-word head if it has one. FileNotFoundError if there is none, ValueError if it is another kind of model or incomplete"
     folder = bert_folder(name)
     try: config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error: raise FileNotFoundError(f'{name}: neither a folder with a config.json nor to be had from the hub ({error})') from error
-    if config.model_type != 'bert' or (kind := getattr(config, 'position_embedding_type', 'absolute')) != 'absolute':
-        raise ValueError(f"{name}: not a BERT with absolute positions, but {config.model_type!r}" + (f' with {kind!r} ones' if config.model_type == 'bert' else ''))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f'{name}: neither a folder with a config.json nor to be had from the hub ({reason})') from error
+    kind, positions = config.model_type, getattr(config, 'position_embedding_type', 'absolute')
+    if kind != 'bert': raise ValueError(f'{name}: no BERT, but {kind!r}')
+    if positions != 'absolute': raise ValueError(f'{name}: a BERT with {positions!r} positions, which are not supported')
     with quiet_transformers():
         model, info = BertForMaskedLM.from_pretrained(folder, config=config, output_loading_info=True, dtype=torch.float32)
     missing = info['missing_keys']
     if body := sorted(k for k in missing if k.startswith('bert.')): raise ValueError(f'{name}: {len(body)} tensors are missing, {body[0]!r} first')
-    return config, {k.removeprefix('bert.'): v for k, v in model.state_dict().items() if k not in missing}, sorted(info['unexpected_keys'])
+    left = () if missing else ('cls.',)  # a head is taken whole or not at all
+    state = {k.removeprefix('bert.'): v for k, v in model.state_dict().items() if k.startswith(('bert.', *left))}
+    return config, state, sorted(info['unexpected_keys'])
 
 # %% ../nbs/17_text.ipynb #410a4e37
 FUSION_LAYER = {6: 4, 12: 9, 24: 19}  # number of layers -> those below this one are the text encoder
@@ -228,8 +242,8 @@ def load_text(
     if not lm_head: aside, state = aside + [k for k in state if k.startswith('cls.')], {k: v for k, v in state.items() if not k.startswith('cls.')}
     new, unknown = model.load_state_dict(state, strict=False)
     if unknown or any('crossattention' not in k and not k.startswith('cls.') for k in new): raise ValueError(f'{name}: {unknown=}, {new=}')
-    first, head = model.config['fusion_layer'], [k for k in new if k.startswith('cls.')]
-    print(f'{name}: {len(state)} tensors loaded; layers 0-{first - 1} read the text, {first}-{depth - 1} the text beside the video\n'
-          f'  new: cross-attention of layers {first}-{depth - 1}' + f'; masked-word head, but for the embeddings it is tied to' * bool(head) +
-          f'\n  left aside: {", ".join(aside)}' * bool(aside))
+    first, head = model.config['fusion_layer'], any(k.startswith('cls.') for k in new)
+    print(f'{name}: {len(state)} tensors loaded; text encoder: {first} layers, cross-modal decoder: {depth - first}',
+          '  new: cross-attention' + ', masked-word head (its output weights are the embeddings)' * head,
+          *[f'  left aside: {", ".join(aside)}'] * bool(aside), sep='\n')
     return model
