@@ -238,12 +238,13 @@ def load_text(
         raise ValueError(f'{sorted(fixed)} cannot be changed: the weights of {name} decide')
     config, state, aside = read_bert(name)
     depth = config.num_hidden_layers
-    model = TextModel(vision_dim, fusion_layer or FUSION_LAYER.get(depth, depth * 3 // 4), lm_head, **{k: getattr(config, k) for k in BERT_FIELDS} | changes)
+    if fusion_layer is None: fusion_layer = FUSION_LAYER.get(depth, depth * 3 // 4)
+    model = TextModel(vision_dim, fusion_layer, lm_head, **{k: getattr(config, k) for k in BERT_FIELDS} | changes)
     if not lm_head: aside, state = aside + [k for k in state if k.startswith('cls.')], {k: v for k, v in state.items() if not k.startswith('cls.')}
     new, unknown = model.load_state_dict(state, strict=False)
     if unknown or any('crossattention' not in k and not k.startswith('cls.') for k in new): raise ValueError(f'{name}: {unknown=}, {new=}')
-    first, head = model.config['fusion_layer'], any(k.startswith('cls.') for k in new)
-    print(f'{name}: {len(state)} tensors loaded; text encoder: {first} layers, cross-modal decoder: {depth - first}',
+    head = any(k.startswith('cls.') for k in new)
+    print(f'{name}: {len(state)} tensors loaded; text encoder: {fusion_layer} layers, cross-modal decoder: {depth - fusion_layer}',
           '  new: cross-attention' + ', masked-word head (its output weights are the embeddings)' * head,
           *[f'  left aside: {", ".join(aside)}'] * bool(aside), sep='\n')
     return model
