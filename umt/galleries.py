@@ -6,10 +6,10 @@
 __all__ = ['GALLERIES', 'Gallery', 'read_gallery', 'existing_videos', 'describe', 'GalleryDataset']
 
 # %% ../nbs/22_galleries.ipynb #5e7a5a72
-import csv, json, re
+import json, os, re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 
