@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from torch.utils.data import Dataset
 from umt.checkpoints import (PUBLISHED_GRID, WeightsError, load_model, load_multimodal, load_published, load_recognizer, load_student, load_teacher,
                              published_names, read_state_dict, save_model, save_published, to_published)
 from umt.multimodal import Multimodal
 from umt.objectives import match_negatives, mlm_loss, similarity, uta_loss, vtc_loss
+from umt.retrieval import config_for, gallery_metrics, score_gallery
 from umt.student import SIZES, Recognizer, Student, position_table
 from umt.teacher import Teacher, open_clip_visual
+from umt.training import start_accelerator
 
 REFERENCE = Path(os.environ.get('UMT_REFERENCE_DIR', Path(__file__).parents[2]/'shared'/'reference'))
 close = dict(rtol=1e-4, atol=1e-5)  # the tolerance that the reference vectors are given with
@@ -212,14 +215,27 @@ def test_stage2_step(stage2, multimodal, recorded):
     assert_close(losses['vtm'], expected, **close)
 
 
-@torch.no_grad()
-def test_dual_retrieval(stage2, multimodal):
-    "Scores of the two encoders alone"
-    io = load_file(stage2.with_name('retrieval_io.safetensors'))
-    video = multimodal.embed_video(multimodal.encode_video(io['video'].transpose(1, 2)).pooled)
-    scores = similarity(video, multimodal.embed_text(multimodal.encode_text(io['input_ids'], torch.ones_like(io['input_ids']))))
-    assert_close(scores, io['dual_v2t'], **close)
-    assert_close(scores.T, io['dual_t2v'], **close)
+class Clips(Dataset):
+    "Decoded videos, as `umt.galleries.GalleryDataset` gives them"
+    def __init__(self, videos): self.videos = videos
+    def __len__(self): return len(self.videos)
+    def __getitem__(self, position):
+        _, index = position  # the first is the epoch
+        return dict(video=self.videos[index], sample_id=index, failures=[])
+
+
+def test_retrieval(stage2, multimodal, tmp_path):
+    "Scores of the two encoders, match logits of the candidates of either direction, and the figures made of both"
+    io, config = load_file(stage2.with_name('retrieval_io.safetensors')), json.loads(stage2.with_name('stage2_config.json').read_text())
+    protocol = config_for(multimodal, run_dir=str(tmp_path), precision='fp32', half=False, k_test=config['k_test'], num_workers=0)
+    ours = score_gallery(multimodal, Clips(io['video'].transpose(1, 2)), list(io['input_ids']), protocol, start_accelerator())
+    for name, tensor in dict(dual_v2t=ours['dual'], dual_t2v=ours['dual'].T, rerank_v2t=ours['v2t'], rerank_t2v=ours['t2v']).items():
+        assert_close(tensor, io[name], **close, msg=lambda m: f'{name}: {m}')
+    figures = gallery_metrics(ours, torch.stack([torch.arange(9), io['text_to_video']], 1))
+    for prefix, recorded in ('', config['rerank_metrics']), ('dual_', config['dual_metrics']):
+        for way, theirs in ('v2t', 'txt'), ('t2v', 'img'):  # the reference names a direction after what is found: `txt` is video to text
+            for k in (1, 5, 10): assert round(100 * figures[f'{prefix}{way}_r{k}'], 2) == recorded[f'{theirs}_r{k}']
+        assert round(100 * figures[f'{prefix}r_mean'], 2) == recorded['r_mean']
 
 
 def test_stage2_round_trip(stage2, multimodal, tmp_path):
