@@ -83,8 +83,9 @@ def test_one_module_per_numbered_notebook():
     assert modules == {module_of(p) for p in numbered}
 
 
-FLOORS = [{'video', 'emoji_motion'}, {'datasets', 'augmentation'}, {'masking', 'teacher', 'student', 'text', 'annotations'}, {'objectives'},
-          {'multimodal', 'checkpoints'}, {'training'}, {'evaluation'}, {'stage1', 'stage2', 'recognition', 'detection', 'retrieval', 'qa', 'launchers'}, {'experiments', 'explore', 'benchmark'}]
+FLOORS = [{'video', 'emoji_motion'}, {'datasets', 'augmentation'}, {'captions', 'masking', 'teacher', 'student', 'text', 'annotations'}, {'objectives', 'galleries'},
+          {'multimodal'}, {'checkpoints'}, {'training'}, {'evaluation'}, {'stage1', 'stage2', 'recognition', 'detection', 'retrieval', 'qa', 'launchers'},
+          {'experiments', 'explore', 'benchmark'}]
 
 
 def test_modules_import_only_from_floors_below():
