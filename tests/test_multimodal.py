@@ -1,0 +1,101 @@
+"Stage 2's losses and gradients in several processes against one, and through the training loop."
+import json, os, subprocess, sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import Dataset
+
+sys.path.insert(0, str(Path(__file__).parent))
+from multimodal_worker import STUDENT, TEXT, WEIGHTS, compute, shares
+from umt.multimodal import Multimodal
+from umt.objectives import mask_captions
+from umt.training import TrainConfig, train
+
+WORKER = Path(__file__).with_name('multimodal_worker.py')
+ONLY = lambda *names: {name: float(name in names) for name in WEIGHTS}
+SAME = [0, 1, 2, 1, 5, 5, 5, 5]  # the second half of the batch has no negatives at all
+CALLS = dict(ddp={}, fsdp=dict(wrap='fsdp'), image=dict(frames=1), same=dict(sample_id=SAME), downstream=dict(weights=ONLY('vtc', 'vtm'), masked=False),
+             vtc=dict(weights=ONLY('vtc')), local=dict(weights=ONLY('vtc'), gradient='local'), weighted=dict(weights=dict(uta=.5, vtc=2., vtm=1., mlm=.25)),
+             uta=dict(weights=ONLY('uta')), mlm=dict(weights=ONLY('mlm')), own_means=dict(weights=ONLY('vtm', 'mlm'), gradient='local', sample_id=SAME))
+
+@pytest.fixture(scope='module')
+def two_processes(tmp_path_factory):
+    "All calls, in one launch of two gloo processes."
+    folder = tmp_path_factory.mktemp('two')
+    calls = [{'name': name, **call} for name, call in CALLS.items()]
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', str(WORKER), str(folder), json.dumps(calls)],
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'}, text=True, timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    assert done.returncode == 0, done.stdout
+    return {name: load_file(folder / f'{name}.safetensors') for name in CALLS}
+
+def one_process(name):
+    losses, gradients = compute(**{k: v for k, v in CALLS[name].items() if k != 'wrap'})
+    return {f'loss.{k}': v for k, v in losses.items()} | {f'grad.{k}': v for k, v in gradients.items()}
+
+@pytest.mark.parametrize('name', [name for name in CALLS if name not in ('local', 'own_means')])
+def test_two_processes_are_one(two_processes, name):
+    "Every loss, and the gradient of every parameter, as with the whole batch in one process."
+    one, two = one_process(name), two_processes[name]
+    assert one.keys() == two.keys()
+    losses = {k.removeprefix('loss.') for k in one if k.startswith('loss.')}
+    assert losses == {k for k, w in CALLS[name].get('weights', WEIGHTS).items() if w}
+    for key in one: torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=2e-6, msg=lambda m: f'{key}: {m}')
+    if name == 'ddp': assert sum(one[k].norm() > 1e-4 for k in one if k.startswith('grad.')) > 100  # nothing is equal because it is zero
+
+def test_local_gradient_is_the_references(two_processes):
+    "The same loss; 1/W of the gradient for the encoders, all of it for the temperature."
+    exact, local = two_processes['vtc'], two_processes['local']
+    torch.testing.assert_close(local['loss.vtc'], exact['loss.vtc'])
+    for key in exact.keys() - {'loss.vtc'}:
+        torch.testing.assert_close(local[key], exact[key] * (1. if key == 'grad.temperature' else .5), rtol=1e-4, atol=1e-7, msg=lambda m: f'{key}: {m}')
+
+def test_local_means_are_each_processs_own(two_processes):
+    "In 'local' mode a process averages over its own words and pairs: the mean of means is not the mean."
+    one, two = one_process('own_means'), two_processes['own_means']
+    torch.manual_seed(0)
+    model = Multimodal(STUDENT, TEXT, embed_dim=8, temperature=.2).train()
+    halves = [model(batch, ONLY('vtm', 'mlm'), mask, 4) for batch, mask, _ in shares(2, SAME, 2)]
+    for name in ('vtm', 'mlm'):
+        torch.testing.assert_close(two[f'loss.{name}'], (halves[0][name] + halves[1][name]).detach() / 2)
+        assert (two[f'loss.{name}'] - one[f'loss.{name}']).abs() > 1e-3
+    assert halves[1]['vtm'] == 0
+
+def test_nothing_to_guess_or_to_match():
+    "A batch without a masked word, or without a negative, gives zeros that still have a gradient."
+    torch.manual_seed(0)
+    model = Multimodal(STUDENT, TEXT, embed_dim=8)
+    batch, mask, _ = shares(2, [3] * 8, 1)[0]
+    batch |= dict(mlm_ids=batch['input_ids'], mlm_positions=batch['mlm_positions'][:0], mlm_labels=batch['mlm_labels'][:0])
+    losses = model(batch, ONLY('vtm', 'mlm'), mask, 4)
+    sum(losses.values()).backward()
+    assert losses['vtm'] == losses['mlm'] == 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()) and model.match_head.weight.grad is not None
+
+class Pairs(Dataset):
+    "The eight pairs, twice, each with its own words masked."
+    def __len__(self): return 16
+    def __getitem__(self, position):
+        batch, mask, target = shares(2, list(range(8)), 8)[position[1] % 8]
+        batch = {name: batch[name][0] for name in ('video', 'input_ids', 'attention_mask', 'sample_id', 'key')}
+        return batch | dict(mask=mask[0], target=target[:, 0])
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_training_loop(tmp_path, precision):
+    "The project's one loop trains, finishes and gives back this model, its tied weights still tied."
+    def loss_fn(model, batch):
+        losses = model(mask_captions(batch, TEXT['vocab_size'], cls_id=1, mask_id=3), WEIGHTS, batch['mask'], 4, batch['target'].transpose(0, 1))
+        return sum(losses.values()), losses
+    def fresh():
+        torch.manual_seed(0)
+        return Multimodal(STUDENT, TEXT, embed_dim=8)
+    config = TrainConfig(run_dir=str(tmp_path), batch_size=8, epochs=4, lr=.1, precision=precision, log_every=1, clip_grad=1.)
+    model, again = fresh(), fresh()
+    result = train(config, model, Pairs(), loss_fn)
+    records = [json.loads(line) for line in open(tmp_path / 'metrics.jsonl')]
+    assert [r['loss'] for r in records][-1] < records[0]['loss'] - .5
+    assert abs(result['loss'] - sum(result[name] for name in WEIGHTS)) < 1e-3
+    assert train(config, again, Pairs(), loss_fn) == result
+    for m in (model, again): assert m.text.cls.predictions.decoder.weight is m.text.embeddings.word_embeddings.weight
+    for name, p in again.named_parameters(): torch.testing.assert_close(p, model.get_parameter(name), rtol=0, atol=0)
