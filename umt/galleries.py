@@ -31,7 +31,7 @@ def _renamed(
     caption: str, # its name for `caption`
 ) -> Iterator[tuple[int, dict | str]]: # (line, row or complaint)
     "Rows that need no more than other names"
-    for line, row in _file_rows(file, (video, caption), ','):
+    for line, row in _file_rows(file, (video,), ','):
         if isinstance(row, dict): row = {'video': row.get(video), 'caption': row.get(caption)}
         yield line, row
 
@@ -80,11 +80,11 @@ def _lsmdc(file):
 
 # %% ../nbs/22_galleries.ipynb #7833600b
 def _msvd(file):
-    if file.suffix.lower() == '.csv': # the original corpus
-        rows = [(n, row) for n, row in _file_rows(file, ('VideoID',), ',') if not isinstance(row, dict) or row.get('Language') == 'English']
-        complaints = [(n, row) for n, row in rows if isinstance(row, str)]
-        names = lambda row: '_'.join(str(row.get(part, '')) for part in ('VideoID', 'Start', 'End'))
-        return [*complaints, *_grouped((n, names(row), row.get('Description')) for n, row in rows if isinstance(row, dict))]
+    if file.suffix.lower() == '.csv': # the original corpus, where some descriptions are empty
+        rows = list(_file_rows(file, ('VideoID',), ','))
+        english = [(n, row) for n, row in rows if isinstance(row, dict) and row.get('Language') == 'English' and row.get('Description')]
+        name = lambda row: '_'.join(str(row.get(part, '')) for part in ('VideoID', 'Start', 'End'))
+        return [*((n, row) for n, row in rows if isinstance(row, str)), *_grouped((n, name(row), row['Description']) for n, row in english)]
     lines = enumerate(file.read_text(encoding='utf-8-sig', errors='replace').splitlines(), 1)
     return _grouped((n, *(line.split(None, 1) + [''])[:2]) for n, line in lines if line.strip() and not line.startswith('#'))
 

@@ -55,7 +55,7 @@ class RetrievalConfig(TrainConfig):
     tokenizer: str = 'minilm' # see `umt.text.Tokenizer`
     sep: bool = False # end texts with [SEP]; the published models do not know it
     max_length: int = 32 # tokens of a text, [CLS] included
-    k_test: int = 128 # candidates of a query that are re-ranked
+    k_test: int = 128 # candidates of a query that are re-ranked; fewer than 10 leave R@10 to chance
     half: bool = True # keep tokens in half precision; else in single
     on_disk: bool = free(False) # keep the videos' tokens in a file in `run_dir`, not in host memory
     eval_batch_size: int = free(32) # videos per forward
@@ -65,6 +65,7 @@ class RetrievalConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.k_test < 1: raise ValueError(f'k_test {self.k_test}: expected 1 or more')
+        if self.trim is not None and self.trim <= 0: raise ValueError(f'trim {self.trim}: expected seconds, or None')
 
 # %% ../nbs/21_retrieval.ipynb #5f27b082
 def target_ranks(
