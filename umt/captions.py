@@ -179,6 +179,13 @@ def _whole(column: pa.ChunkedArray, kind: pa.DataType = pa.large_string()) -> pa
     "A table's column in one piece"
     return pa.concat_arrays([pa.array([], kind), *column.cast(kind).chunks])
 
+def _read_parquet(
+    file: Path, # .parquet
+) -> pa.Table: # the columns that are used, or all if there are none
+    "A table; `ManifestError` for a damaged one"
+    try: return parquet.read_table(file, columns=[name for name in parquet.read_schema(file).names if name in (*MEDIA, 'caption')] or None)
+    except pa.ArrowInvalid as e: raise ManifestError(file, [(1, f'not a Parquet file: {e}')]) from e
+
 def _table_pairs(
     file: Path, # for complaints
     table: pa.Table, # of the file
@@ -263,7 +270,7 @@ def read_captions(
     if not file.exists(): raise FileNotFoundError(f'{file}: no such caption file')
     make = partial(_manifest, file, root, first_id=first_id)
     if suffix in ('.csv', '.tsv', '.parquet'):
-        table, bad = (parquet.read_table(file), []) if suffix == '.parquet' else _read_csv(file, separator='\t' if suffix == '.tsv' else ',')
+        table, bad = (_read_parquet(file), []) if suffix == '.parquet' else _read_csv(file, separator='\t' if suffix == '.tsv' else ',')
         return make(*_table_pairs(file, table, medium), bad=bad)
     if suffix in ('.db', '.sqlite'): pairs = _read_sqlite(file)
     else: pairs = _read_entries((_jsonl_entries if suffix == '.jsonl' else _json_entries)(file), medium)
@@ -286,7 +293,7 @@ def write_captions(
 # %% ../nbs/19_captions.ipynb #7539e0a8
 IMAGE_EXTENSIONS = {'jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp'}
 _INDEX = 'captions.index.parquet'
-_FIELDS = pa.schema([('path', pa.large_string()), ('offset', pa.int64()), ('size', pa.int64()), ('id', pa.int64()), ('caption', pa.large_list(pa.large_string()))])
+_FIELDS = pa.schema(dict(path=pa.large_string(), offset=pa.int64(), size=pa.int64(), id=pa.int64(), caption=pa.large_list(pa.large_string())))
 
 def _caption_of(
     about: dict, # the sample's .json
@@ -382,6 +389,7 @@ def _of_url(
 
 # %% ../nbs/19_captions.ipynb #d1140765
 def _webvid(file, root, layout):
+    "WebVid's CSV file"
     layout = layout or '{page_dir}/{videoid}.mp4'
     table, bad = _read_csv(file, wanted=('name', *_fields(layout)))
     if 'name' not in table.column_names: raise ManifestError(file, [(1, "expected WebVid's columns videoid, page_dir, name")])
@@ -389,6 +397,7 @@ def _webvid(file, root, layout):
     return dict(paths=_lay_out(layout, columns), captions=_whole(table['name']), bad=bad)
 
 def _cc(file, root, layout):
+    "Captions and addresses, tab-separated, with or without a header"
     if not layout: raise ValueError("cc: a layout is needed, as in '{index:08d}.jpg' or '{index}_{crc32}.jpg', since the file names no files")
     with open(file, encoding='utf-8', errors='replace') as f: first = f.readline().rstrip('\r\n').split('\t')
     names = None if {'url', 'caption'} <= set(first) else ('url', 'caption') if first[0].startswith('http') else ('caption', 'url')
@@ -405,6 +414,7 @@ def _rows(pairs: Iterable[tuple[str, str]]) -> dict:
     return dict(zip(('paths', 'captions', 'lines'), rows.columns()), bad=rows.bad)
 
 def _coco(file, root, layout):
+    "The official captions, or Karpathy's split of them"
     whole = json.loads(file.read_text())
     if 'annotations' in whole:
         files = {image['id']: (layout or '{file_name}').format(**image) for image in whole['images']}
@@ -420,6 +430,7 @@ def _listed(folder: str) -> set[str]:
     except (FileNotFoundError, NotADirectoryError): return set()
 
 def _vg(file, root, layout):
+    "A row per region; images are in two folders, and only a listing tells which"
     second = _listed(os.path.join(root, 'VG_100K_2'))
     def pairs():
         for line, entry in _json_entries(file):
@@ -431,6 +442,7 @@ def _vg(file, root, layout):
     return _rows(pairs())
 
 def _sbu(file, root, layout):
+    "One object of lists"
     whole = json.loads(file.read_text())
     urls, captions = (pa.array(whole[name], pa.large_string()) for name in ('image_urls', 'captions'))
     if len(urls) != len(captions): raise ManifestError(file, [(1, f'{len(urls)} image_urls, {len(captions)} captions')])
@@ -441,7 +453,8 @@ def _img2dataset(folder, root, layout):
     "Files in folders named after shards, and a table per shard that says which were downloaded"
     def pairs():
         for file in sorted(folder.glob('*.parquet')):
-            names = {os.path.splitext(name)[0]: name for name in _listed(folder/file.stem) if name.rsplit('.', 1)[-1].lower() in IMAGE_EXTENSIONS | VIDEO_EXTENSIONS}
+            media = (name for name in _listed(folder/file.stem) if name.rsplit('.', 1)[-1].lower() in IMAGE_EXTENSIONS | VIDEO_EXTENSIONS)
+            names = {os.path.splitext(name)[0]: name for name in media}
             table = parquet.read_table(file, columns=['key', 'caption', 'status'])
             table = table.filter(pc.equal(table['status'], 'success'))
             for key, caption in zip(*(table[name].to_pylist() for name in ('key', 'caption'))):
@@ -462,6 +475,7 @@ def _first_of_each(
     rank[order] = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
     return rank < n
 
+# %% ../nbs/19_captions.ipynb #63ed97c3
 def read_published(
     kind: str, # 'webvid', 'cc', 'coco', 'vg', 'sbu' or 'img2dataset'
     file: str | Path, # annotations, as published
@@ -471,8 +485,8 @@ def read_published(
     first_id: int = 0, # sample id of the first medium
 ) -> Manifest: # in the file's order, with a column 'caption'; rows of one medium have one id
     "Read an annotation file of others; rows without a caption are left out. `ManifestError` for a file of another form or paths that lead out of the root"
-    near = get_close_matches(str(kind), _PUBLISHED, 1)
-    if kind not in _PUBLISHED: raise ValueError(f'kind {kind!r}: expected one of {list(_PUBLISHED)}' + (f'; did you mean {near[0]!r}?' if near else ''))
+    near = ''.join(f'; did you mean {n!r}?' for n in get_close_matches(str(kind), _PUBLISHED, 1))
+    if kind not in _PUBLISHED: raise ValueError(f'kind {kind!r}: expected one of {list(_PUBLISHED)}{near}')
     file = Path(file)
     if not file.exists(): raise FileNotFoundError(f'{file}: no such annotations of {kind}')
     root = os.path.abspath(root or (file if kind == 'img2dataset' else file.parent))
@@ -499,7 +513,9 @@ class Corpus:
     ) -> Manifest: # with a column 'caption'
         "The pairs. `FileNotFoundError` says what was expected where"
         file, root = Path(data_root)/self.file, Path(data_root)/self.root if self.root else None
-        if not file.exists(): raise FileNotFoundError(f'{self.name}: expected its captions ({self.reader}) at {file}; other places: replace(CORPORA[name], file=, root=, reader=)')
+        if not file.exists():
+            where = 'for another place, replace(CORPORA[name], file=, root=, reader=)'
+            raise FileNotFoundError(f'{self.name}: expected its captions ({self.reader}) at {file}; {where}')
         if self.reader == 'captions': return read_captions(file, root, self.medium)
         return read_published(self.reader, file, root, self.layout, self.max_captions)
 
@@ -528,8 +544,9 @@ def find_corpora(
         elif name in CORPORA: found.append(CORPORA[name])
         elif name.split(':')[0] in MEDIA and name.count(':') in (1, 2): found.append(Corpus(name, *name.split(':')))
         else:
-            near = get_close_matches(name, [*MIXTURES, *CORPORA], 1)
-            raise ValueError(f'corpus {name!r}: expected one of {[*MIXTURES, *CORPORA]} or "image:file" or "video:file"' + (f'; did you mean {near[0]!r}?' if near else ''))
+            known = [*MIXTURES, *CORPORA]
+            near = ''.join(f'; did you mean {n!r}?' for n in get_close_matches(name, known, 1))
+            raise ValueError(f'corpus {name!r}: expected one of {known} or "image:file" or "video:file"{near}')
     return list(dict.fromkeys(found))
 
 # %% ../nbs/19_captions.ipynb #62a33063
@@ -649,19 +666,30 @@ def _load_image(
         tar.seek(manifest.offsets[row])
         return read_image(tar.read(manifest.sizes[row]), name)
 
-def _line_up(
-    manifests: dict[str, list[Manifest]], # see `PairDataset`
-) -> list[tuple[str, Manifest]]: # (medium, corpus), images first
-    "The corpora in order. `ValueError` for what is none"
-    if unknown := set(manifests) - set(MEDIA): raise ValueError(f'media {sorted(unknown)}: expected some of {MEDIA}')
-    corpora = [(medium, m) for medium in MEDIA for m in manifests.get(medium, [])]
-    for _, m in corpora:
-        if 'caption' not in m.columns: raise ValueError(f"{m}: expected a column 'caption', as `read_captions` makes it")
-    if not corpora: raise ValueError('no corpora: expected at least one')
-    return corpora
+# %% ../nbs/19_captions.ipynb #6fb3851e
+class _LinedUp:
+    "Corpora as one sequence of rows, images first; `ValueError` for what is no corpus of pairs"
+    def __init__(self, manifests: dict[str, list[Manifest]]):
+        if unknown := set(manifests) - set(MEDIA): raise ValueError(f'media {sorted(unknown)}: expected some of {MEDIA}')
+        found = [(medium, m) for medium in MEDIA for m in manifests.get(medium, [])]
+        for _, m in found:
+            if 'caption' not in m.columns: raise ValueError(f"{m}: expected a column 'caption', as `read_captions` makes it")
+        if not found: raise ValueError('no corpora: expected at least one')
+        self.medium_of, corpora = zip(*found)
+        self.corpora, self.ends = share_ids(corpora), np.cumsum([len(m) for m in corpora])
+        bounds = {m: [end for end, of in zip(self.ends.tolist(), self.medium_of) if of == m] for m in dict.fromkeys(self.medium_of)}
+        self.media = {m: range(ends[0] - len(corpora[self.medium_of.index(m)]), ends[-1]) for m, ends in bounds.items()}
+
+    def __len__(self): return int(self.ends[-1])
+
+    def place(self, index: int) -> tuple[str, Manifest, int]: # medium, corpus, row in it
+        "Where a pair is"
+        if not 0 <= index < len(self): raise IndexError(f'pair {index} of {len(self)}')
+        at = int(np.searchsorted(self.ends, index, 'right'))
+        return self.medium_of[at], self.corpora[at], index - int(self.ends[at]) + len(self.corpora[at])
 
 # %% ../nbs/19_captions.ipynb #23b7f19e
-class PairDataset(Dataset):
+class PairDataset(_LinedUp, Dataset):
     "Pairs of a medium and a sentence as training samples: `dataset[epoch, index]`. `media` has the indices of each medium"
     def __init__(self,
         manifests: dict[str, list[Manifest]], # 'image' and 'video' -> corpora of that medium, with a column 'caption'; their ids are shared anew
@@ -673,20 +701,9 @@ class PairDataset(Dataset):
         tries: int = 10, # pairs to try before giving up; 1: nothing is replaced
         backend: str = 'auto', # of `read_frames`
     ):
-        self.medium_of, corpora = zip(*_line_up(manifests))
-        self.corpora, self.ends = share_ids(corpora), np.cumsum([len(m) for m in corpora])
-        bounds = {m: [end for end, of in zip(self.ends.tolist(), self.medium_of) if of == m] for m in dict.fromkeys(self.medium_of)}
-        self.media = {m: range(ends[0] - len(corpora[self.medium_of.index(m)]), ends[-1]) for m, ends in bounds.items()}
+        super().__init__(manifests)
         self.encode, self.transform, self.seed, self.tries, self.backend = encode, transform, seed, tries, backend
         self.choose = partial(frame_indices, num_frames=num_frames, mode=sampling) if isinstance(sampling, str) else sampling
-
-    def __len__(self): return int(self.ends[-1])
-
-    def place(self, index: int) -> tuple[str, Manifest, int]: # medium, corpus, row in it
-        "Where a pair is"
-        if not 0 <= index < len(self): raise IndexError(f'pair {index} of {len(self)}')
-        at = int(np.searchsorted(self.ends, index, 'right'))
-        return self.medium_of[at], self.corpora[at], index - int(self.ends[at]) + len(self.corpora[at])
 
     def load(self, epoch: int, index: int) -> dict:
         "The sample of this very pair; `VideoError` if its medium cannot be decoded"
@@ -738,8 +755,8 @@ class MixedSampler(Sampler):
         epochs: int = 1, # length of the run
     ):
         self.media = list(media)
-        for m in self.media:
-            if not 0 < batch_size <= len(m): raise ValueError(f'batch_size={batch_size}: expected 1 to {len(m)}, all pairs of a medium')
+        most = min(map(len, self.media))
+        if not 0 < batch_size <= most: raise ValueError(f'batch_size={batch_size}: expected 1 to {most}, all pairs of the smallest medium')
         if batch_size % (world_size * accumulate):
             raise ValueError(f'batch_size={batch_size} cannot be shared by {world_size} processes x {accumulate} micro-batches')
         self.num_samples, self.batch_size, self.seed = sum(map(len, self.media)), batch_size, seed
@@ -750,7 +767,7 @@ class MixedSampler(Sampler):
 
     def __len__(self): return (self.total_steps - self.start_step) * self.accumulate
 
-    def _shuffled(self, n: int, epoch: int, which: int, purpose: str) -> torch.Tensor: # int64 [n]
+    def _shuffled(self, n, epoch, which, purpose):
         return torch.randperm(n, generator=torch.Generator().manual_seed(sample_key(self.seed, epoch, which, purpose)))
 
     def media_order(self, epoch: int) -> torch.Tensor: # int64 [steps_per_epoch], which of `media`
