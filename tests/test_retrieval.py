@@ -110,7 +110,8 @@ def test_split_and_layout(tmp_path):
 @pytest.mark.parametrize('kind, content, complaint', [
     ('json', [dict(video='a.mp4', caption='')], 'expected text'), ('json', [dict(video='/etc/passwd', caption='x')], 'outside the root'),
     ('json', [dict(video=3, caption='x')], 'expected a name'), ('json', dict(a=1), 'expected a list'), ('json', [dict(video='a.mp4', caption=[])], 'expected text'),
-    ('msrvtt', 'video_id,sentence\na\n', 'expected 2 fields'), ('msrvtt', 'a,no header\n', 'expected text'), ('didemo', dict(a=1), 'JSON list'), ('activitynet', [1], 'JSON object'), ('activitynet', '{', 'not JSON'),
+    ('msrvtt', 'video_id,sentence\na\n', 'expected 2 fields'), ('msrvtt', 'a,no header\n', 'expected text'), ('didemo', dict(a=1), 'JSON list'),
+    ('activitynet', [1], 'JSON object'), ('activitynet', '{', 'not JSON'),
     ('lsmdc', 'a\tb\n', 'expected 6 fields'), ('msvd', 'a_1_2\n', 'expected text'), ('msvd', '# nothing\n', 'no rows'), ('ssv2_label', [dict(id='1')], "no 'label'")])
 def test_malformed_files_are_refused(kind, content, complaint, tmp_path):
     with pytest.raises(ManifestError, match=complaint): read_gallery(kind, written(tmp_path, content), tmp_path)
@@ -329,6 +330,10 @@ def test_an_evaluation_is_not_repeated_unless_something_changed(clips, trained, 
         patch.setattr(retrieval, 'score_gallery', lambda *_: pytest.fail('evaluated again'))
         assert zero_shot(override(config, eval_batch_size=2, on_disk=True)) == found
     assert zero_shot(override(config, k_test=2))['fingerprint'] != found['fingerprint']
+    assert json.loads((tmp_path/'config.json').read_text())['k_test'] == 2
+    (tmp_path/'config.json').write_text('{"epochs": 3}')
+    zero_shot(config)
+    assert (tmp_path/'config.json').read_text() == '{"epochs": 3}'
 
 
 def test_the_network_sees_the_middle_frames_and_the_whole_picture(clips, model):
@@ -360,7 +365,8 @@ def test_wrong_starts(clips, trained, tmp_path):
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
 def test_half_precision_and_loader_processes(precision, clips, trained, tmp_path):
-    runs = [small(clips, trained, tmp_path/name, precision=precision, num_workers=workers) for name, precision, workers in (('half', precision, 2), ('full', 'fp32', 0))]
+    runs = [small(clips, trained, tmp_path/name, precision=precision, num_workers=workers) for name, precision, workers
+            in (('half', precision, 2), ('full', 'fp32', 0))]
     for config in runs: zero_shot(config)
     half, full = (load_file(Path(config.run_dir)/'scores.safetensors')['dual'] for config in runs)
     assert_close(half, full, rtol=0, atol=.05)

@@ -7,7 +7,6 @@ __all__ = ['GALLERIES', 'Gallery', 'read_gallery', 'existing_videos', 'describe'
 
 # %% ../nbs/22_galleries.ipynb #5e7a5a72
 import json, os, re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,8 +213,10 @@ def describe(
     texts = [clean_text(text) for text in gallery.texts]
     span = lambda counts: f'{min(counts)} to {max(counts)}' if min(counts) < max(counts) else f'{min(counts)}'
     lines = [f'{len(per_video):,} videos, {len(per_text):,} texts; {span(per_video)} texts per video, {span(per_text)} videos per text',
-             f'{span([len(text.split()) for text in texts])} words; {sum(n - 1 for n in Counter(texts).values()):,} texts are repetitions, {texts.count("")} are empty']
-    if tokenizer: lines.append(f'{sum(len(tokenizer.encode(text, 10**4)) > max_length for text in gallery.texts):,} texts are longer than {max_length} tokens and will be cut')
+             f'{span([len(text.split()) for text in texts])} words; {len(texts) - len(set(texts)):,} texts are repetitions, {texts.count("")} are empty']
+    if tokenizer:
+        cut = sum(len(tokenizer.encode(text, 10**4)) > max_length for text in gallery.texts)
+        lines.append(f'{cut:,} texts are longer than {max_length} tokens and will be cut')
     counts = _FORMATS[kind].counts if kind else None
     if counts and counts != (len(per_video), len(per_text)): lines.append(f'NOT the published test set of {counts[0]:,} videos and {counts[1]:,} texts')
     return '\n'.join(lines)

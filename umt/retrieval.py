@@ -34,7 +34,7 @@ from .galleries import Gallery, GalleryDataset, describe, existing_videos, read_
 from .multimodal import Multimodal
 from .objectives import similarity
 from .text import Tokenizer
-from .training import COMPUTE_DTYPE, TrainConfig, complete, config_dict, free, from_cli, start_accelerator, write_json
+from .training import COMPUTE_DTYPE, TrainConfig, complete, config_dict, free, from_cli, read_config, start_accelerator, write_json
 from .video import middle_indices, read_frames
 
 # %% ../nbs/21_retrieval.ipynb #5e587ca9
@@ -383,11 +383,13 @@ def zero_shot(
     run, main = Path(config.run_dir), os.environ.get('RANK', '0') == '0'
     with nullcontext() if main else redirect_stdout(io.StringIO()):
         gallery, dropped = test_set(config)
-        print(describe(gallery, config.annotations, Tokenizer(config.tokenizer, config.sep), config.max_length) + f'; {dropped:,} videos are missing' * bool(dropped))
+        print(describe(gallery, config.annotations, Tokenizer(config.tokenizer, config.sep), config.max_length))
+        if dropped: print(f'{dropped:,} videos are missing')
         model = load_start(config)
     if main:
         run.mkdir(parents=True, exist_ok=True)
-        if not (run/'config.json').exists(): write_json(run/'config.json', config_dict(config))
+        of_training = (run/'config.json').exists() and 'k_test' not in read_config(run/'config.json') # not to be overwritten
+        if not of_training: write_json(run/'config.json', config_dict(config))
     return evaluate(config, model, gallery, dropped)
 
 # %% ../nbs/21_retrieval.ipynb #50e7f4a6
@@ -490,7 +492,8 @@ def search_box(
 ): # an ipywidgets box
     "A field for a sentence, and below it the videos that fit best."
     import ipywidgets, matplotlib.pyplot as plt
-    field, shown = ipywidgets.Text(text, placeholder='describe a clip, then press Enter', continuous_update=False, layout=dict(width='90%')), ipywidgets.Image(format='png')
+    field = ipywidgets.Text(text, placeholder='describe a clip, then press Enter', continuous_update=False, layout=dict(width='90%'))
+    shown = ipywidgets.Image(format='png')
     def find(_=None):
         if not field.value.strip(): return
         picture = io.BytesIO()
