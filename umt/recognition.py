@@ -36,6 +36,7 @@ from .augmentation import Mixup
 from .checkpoints import keep_positions, load_model, load_published, save_config
 from .datasets import Manifest
 from .evaluation import DataConfig, ViewDataset, build_datasets, evaluate, fingerprint, predict, read_list
+from .multimodal import Multimodal
 from .student import SIZES, Recognizer, Student, pool_tokens, recognizer_from, resize_positions
 from .teacher import Teacher, embed_frames, load_teacher
 from .training import complete, config_dict, free, from_cli, start_accelerator, train, unshared, write_json
@@ -95,11 +96,11 @@ class FrameRecognizer(nn.Module):
 def load_start(
     config: RecognitionConfig, # init, sizes
 ) -> Student | Recognizer: # as it was saved
-    "The pre-trained or fine-tuned network that `init` names; found from its files. Raises FileNotFoundError if there is none."
+    "The pre-trained or fine-tuned network that `init` names, found from its files; of a Stage-2 model its student. Raises FileNotFoundError if there is none."
     path = Path(config.init)
-    if path.is_dir(): return load_model(path)
-    if path.is_file(): return load_published(path, config.image_size, config.num_frames)
-    raise FileNotFoundError(f"init {config.init!r}: expected 'scratch', 'teacher', a run directory or a published file")
+    if not path.exists(): raise FileNotFoundError(f"init {config.init!r}: expected 'scratch', 'teacher', a run directory or a published file")
+    start = load_model(path) if path.is_dir() else load_published(path, config.image_size, config.num_frames)
+    return start.student if isinstance(start, Multimodal) else start
 
 # %% ../nbs/13_recognition.ipynb #37bdac85
 def start_from(
