@@ -82,7 +82,8 @@ def similarity(
     if video.ndim != 3 or text.ndim != 2 or video.shape[-1] != text.shape[-1]:
         raise ValueError(f"expected video [Bv, T', E] and text [Bt, E], got {list(video.shape)} and {list(text.shape)}")
     kind = video.device.type
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext(): return video.float().mean(1) @ text.float().T
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        return video.float().mean(1) @ text.float().T
 
 # %% ../nbs/06_objectives.ipynb #15e589c4
 def vtc_loss(
@@ -168,5 +169,6 @@ def mlm_loss(
     gradient: str = 'exact', # how several processes average, see `mean_count`
 ) -> Tensor: # float32 scalar; 0 if no word was chosen
     "Mean cross-entropy over the chosen words; collective if 'exact'. Raises ValueError for shapes that do not fit"
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]: raise ValueError(f'logits {list(logits.shape)} and labels {list(labels.shape)}: expected [m, vocab] and [m]')
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(f'logits {list(logits.shape)} and labels {list(labels.shape)}: expected [m, vocab] and [m]')
     return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction='sum') / mean_count(labels != -100, gradient)
