@@ -42,14 +42,15 @@ def shares(frames, sample_id, number):
     return [(part, mask.chunk(number)[i], target.chunk(number, 1)[i]) for i, part in enumerate(parts)]
 
 def compute(wrap=lambda model: model, rank=0, world=1, frames=2, sample_id=(0, 1, 2, 1, 4, 5, 0, 7), weights=WEIGHTS, gradient='exact', group_size=4,
-            masked=True):
+            masked=True, bf16=False):
     "Loss values and gradients on one share of the batch; gradients are what an optimizer would see."
     torch.manual_seed(0)
     plain = Multimodal(STUDENT, TEXT, embed_dim=8, temperature=.2).train()
     freeze_unused(plain, weights)
     batch, mask, target = shares(frames, sample_id, world)[rank]
     model = wrap(plain)
-    losses = model(batch, weights, mask if masked else None, 2 * frames, target, gradient, group_size if world == 1 else None)
+    with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+        losses = model(batch, weights, mask if masked else None, 2 * frames, target, gradient, group_size if world == 1 else None)
     sum(weights[name] * loss for name, loss in losses.items()).backward()
     full = lambda g: g.full_tensor() if hasattr(g, 'full_tensor') else g
     return {name: loss.detach() for name, loss in losses.items()}, {name: full(p.grad) for name, p in plain.named_parameters() if p.grad is not None}
@@ -57,7 +58,7 @@ def compute(wrap=lambda model: model, rank=0, world=1, frames=2, sample_id=(0, 1
 if __name__ == '__main__':
     folder, calls = Path(sys.argv[1]), json.loads(sys.argv[2])
     dist.init_process_group('gloo')
-    wraps = dict(ddp=DistributedDataParallel, fsdp=lambda model: shard(model, torch.float32))
+    wraps = dict(ddp=DistributedDataParallel, fsdp=lambda model: shard(model, torch.float32), fsdp_bf16=lambda model: shard(model, torch.bfloat16))
     for call in calls:
         name, wrap = call.pop('name'), wraps[call.pop('wrap', 'ddp')]
         losses, gradients = compute(wrap, dist.get_rank(), dist.get_world_size(), **call)

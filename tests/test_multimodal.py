@@ -18,7 +18,8 @@ ONLY = lambda *names: {name: float(name in names) for name in WEIGHTS}
 SAME = [0, 1, 2, 1, 5, 5, 5, 5]  # the second half of the batch has no negatives at all
 CALLS = dict(ddp={}, fsdp=dict(wrap='fsdp'), image=dict(frames=1), same=dict(sample_id=SAME), downstream=dict(weights=ONLY('vtc', 'vtm'), masked=False),
              vtc=dict(weights=ONLY('vtc')), local=dict(weights=ONLY('vtc'), gradient='local'), weighted=dict(weights=dict(uta=.5, vtc=2., vtm=1., mlm=.25)),
-             uta=dict(weights=ONLY('uta')), mlm=dict(weights=ONLY('mlm')), own_means=dict(weights=ONLY('vtm', 'mlm'), gradient='local', sample_id=SAME))
+             uta=dict(weights=ONLY('uta')), mlm=dict(weights=ONLY('mlm')), own_means=dict(weights=ONLY('vtm', 'mlm'), gradient='local', sample_id=SAME),
+             bf16=dict(bf16=True), fsdp_bf16=dict(bf16=True, wrap='fsdp_bf16'))
 
 @pytest.fixture(scope='module')
 def two_processes(tmp_path_factory):
@@ -34,7 +35,7 @@ def one_process(name):
     losses, gradients = compute(**{k: v for k, v in CALLS[name].items() if k != 'wrap'})
     return {f'loss.{k}': v for k, v in losses.items()} | {f'grad.{k}': v for k, v in gradients.items()}
 
-@pytest.mark.parametrize('name', [name for name in CALLS if name not in ('local', 'own_means')])
+@pytest.mark.parametrize('name', [name for name in CALLS if name not in ('local', 'own_means', 'bf16', 'fsdp_bf16')])
 def test_two_processes_are_one(two_processes, name):
     "Every loss, and the gradient of every parameter, as with the whole batch in one process."
     one, two = one_process(name), two_processes[name]
@@ -43,6 +44,15 @@ def test_two_processes_are_one(two_processes, name):
     assert losses == {k for k, w in CALLS[name].get('weights', WEIGHTS).items() if w}
     for key in one: torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=2e-6, msg=lambda m: f'{key}: {m}')
     if name == 'ddp': assert sum(one[k].norm() > 1e-4 for k in one if k.startswith('grad.')) > 100  # nothing is equal because it is zero
+
+@pytest.mark.parametrize('name', ['bf16', 'fsdp_bf16'])
+def test_half_precision(two_processes, name):
+    "Losses and gradients arrive in float32, and near those of float32 all the way."
+    full, half = two_processes['ddp'], two_processes[name]
+    assert full.keys() == half.keys() and {v.dtype for v in half.values()} == {torch.float32}
+    for loss in WEIGHTS: torch.testing.assert_close(half[f'loss.{loss}'], full[f'loss.{loss}'], rtol=.03, atol=0, msg=lambda m: f'{loss}: {m}')
+    for key in ('grad.video_proj.weight', 'grad.text_proj.weight', 'grad.temperature', 'grad.student.encoder.blocks.0.mlp.fc1.weight'):
+        torch.testing.assert_close(half[key], full[key], rtol=0, atol=.1 * full[key].abs().max().item(), msg=lambda m: f'{key}: {m}')
 
 def test_local_gradient_is_the_references(two_processes):
     "The same loss; 1/W of the gradient for the encoders, all of it for the temperature."
