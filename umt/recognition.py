@@ -6,14 +6,13 @@
 __all__ = ['B16_K710', 'LARGE', 'L16_K710', 'KINETICS', 'SIXTEEN', 'PUBLISHED', 'MIT', 'MIT_384', 'B16_MIT', 'L16_MIT', 'SSV2',
            'NANO_EMOJI', 'NANO_LINEAR', 'PRESETS', 'RecognitionConfig', 'FrameRecognizer', 'load_start', 'start_from',
            'class_key', 'match_classes', 'carry_head', 'build_model', 'init_names', 'layer_groups', 'classification',
-           'FeatureDataset', 'extract_features', 'linear_probe', 'quiet_beside_main', 'finetune', 'lists', 'onto',
-           'kinetics_presets', 'dry_run', 'main']
+           'FeatureDataset', 'extract_features', 'linear_probe', 'finetune', 'lists', 'onto', 'kinetics_presets',
+           'dry_run', 'main']
 
 # %% ../nbs/13_recognition.ipynb #dd3ae02b
-import io, os, re
+import os, re
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from math import prod
@@ -39,7 +38,7 @@ from .evaluation import DataConfig, ViewDataset, build_datasets, evaluate, finge
 from .multimodal import Multimodal
 from .student import SIZES, Recognizer, Student, pool_tokens, recognizer_from, resize_positions
 from .teacher import Teacher, embed_frames, load_teacher
-from .training import complete, config_dict, free, from_cli, start_accelerator, train, unshared, write_json
+from .training import complete, config_dict, free, from_cli, quiet_beside_main, start_accelerator, train, unshared, write_json
 from .video import seeded
 
 # %% ../nbs/13_recognition.ipynb #e5870e4d
@@ -259,11 +258,6 @@ def linear_probe(
         with complete(run/'model.safetensors') as temporary: save_file(unshared(model.state_dict()), temporary)
         write_json(run/'result.json', result)
     return result
-
-# %% ../nbs/13_recognition.ipynb #91d0e32d
-def quiet_beside_main():
-    "A context in which only the main process prints."
-    return nullcontext() if os.environ.get('RANK', '0') == '0' else redirect_stdout(io.StringIO())
 
 # %% ../nbs/13_recognition.ipynb #fed49912
 def finetune(

@@ -10,7 +10,6 @@ __all__ = ['NANO_EMOJI', 'PRESETS', 'RetrievalConfig', 'target_ranks', 'retrieva
 
 # %% ../nbs/21_retrieval.ipynb #24ca946e
 import hashlib, io, json, os, sys, tempfile
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -34,7 +33,7 @@ from .galleries import Gallery, GalleryDataset, describe, existing_videos, read_
 from .multimodal import Multimodal
 from .objectives import similarity
 from .text import Tokenizer
-from .training import COMPUTE_DTYPE, TrainConfig, complete, config_dict, free, from_cli, read_config, start_accelerator, write_json
+from .training import COMPUTE_DTYPE, TrainConfig, complete, config_dict, free, from_cli, quiet_beside_main, read_config, start_accelerator, write_json
 from .video import middle_indices, read_frames
 
 # %% ../nbs/21_retrieval.ipynb #5e587ca9
@@ -49,6 +48,7 @@ class RetrievalConfig(TrainConfig):
     layout: str | None = None # format string of a clip's path; None = as published
     missing: Literal['error', 'drop'] = 'error' # what to do about clips that are not there
     paragraph: bool = False # are all sentences of a video one text?
+    num_videos: int | None = None # only so many videos of the test set, the first; None = all
     trim: float | None = None # seconds of a video that are seen, the first ones; None = all
     num_frames: int = 4 # per video, the middles of equal intervals
     image_size: int = 224 # pixels; frames are squeezed into a square
@@ -368,12 +368,13 @@ def load_start(
 
 # %% ../nbs/21_retrieval.ipynb #cffe55a2
 def test_set(
-    config: RetrievalConfig, # annotations, captions, split, layout, paragraph, missing, data_root
+    config: RetrievalConfig, # annotations, captions, split, layout, paragraph, num_videos, missing, data_root
 ) -> tuple[Gallery, int]: # what is there of it, and how many videos are not
-    "Read the test set. Raises what `umt.galleries.read_gallery` and `existing_videos` raise."
+    "Read the test set. Raises what `umt.galleries.read_gallery` and `existing_videos` raise, ValueError for more videos than there are."
     root = Path(config.data_root)
     gallery = read_gallery(config.annotations, root/config.captions, root, config.split and root/config.split, config.layout, config.paragraph)
-    return existing_videos(gallery, config.missing)
+    if (config.num_videos or 0) > len(gallery.manifest): raise ValueError(f'num_videos {config.num_videos}: {config.captions} has {len(gallery.manifest)}')
+    return existing_videos(gallery.subset(range(config.num_videos)) if config.num_videos else gallery, config.missing)
 
 # %% ../nbs/21_retrieval.ipynb #7e22cd08
 def zero_shot(
@@ -381,7 +382,7 @@ def zero_shot(
 ) -> dict: # see `evaluate`
     "Evaluate a trained model on a test set, without training. Raises what `test_set`, `load_start` and `evaluate` raise."
     run, main = Path(config.run_dir), os.environ.get('RANK', '0') == '0'
-    with nullcontext() if main else redirect_stdout(io.StringIO()):
+    with quiet_beside_main():
         gallery, dropped = test_set(config)
         print(describe(gallery, config.annotations, Tokenizer(config.tokenizer, config.sep), config.max_length))
         if dropped: print(f'{dropped:,} videos are missing')

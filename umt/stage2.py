@@ -28,7 +28,7 @@ from .objectives import mask_captions
 from .student import SIZES, Student
 from .teacher import Teacher, load_teacher
 from .text import Tokenizer, load_text
-from .training import COMPUTE_DTYPE, TrainConfig, a100_hours, count_flops, free, from_cli, override, start_accelerator, train
+from .training import COMPUTE_DTYPE, TrainConfig, a100_hours, count_flops, free, from_cli, override, quiet_beside_main, start_accelerator, train
 from .video import seeded
 
 # %% ../nbs/20_stage2.ipynb #800b004f
@@ -44,6 +44,7 @@ class Stage2Config(TrainConfig):
     num_frames: int = 4 # frames per video; an image is one
     sampling: str = 'rand' # see `umt.video`
     image_size: int = 224 # crop, in pixels
+    antialias: bool = False # when a picture shrinks; the reference did not
     crop_scale: tuple[float, float] = (.5, 1.) # area of the crop, as a share of the picture
     flip: bool = True # random horizontal flip; not where captions know left from right
     max_length: int = 32 # tokens of a sentence, [CLS] included
@@ -100,9 +101,9 @@ PUBLISHED = {f'{size}_{mixture}': replace(base, run_dir=f'runs/{size}_{mixture}'
 
 # %% ../nbs/20_stage2.ipynb #5ddbe6ce
 NANO_EMOJI = Stage2Config(
-    run_dir='runs/nano_emoji_mm', data_root='runs/emoji_motion', corpora=('emoji',), emoji_clips=2000, emoji_stills=2000,
+    run_dir='runs/nano_emoji_mm', data_root='runs/emoji_motion', corpora=('emoji',), emoji_clips=2000, emoji_stills=1000,
     image_size=112, flip=False, init='runs/nano_emoji', student='nano', drop_path=0., text='minilm', checkpoint_layers=False, embed_dim=128, teacher='nano', teacher_weights=None,
-    teacher_image_size=112, aligned_layers=3, epochs=10, warmup_epochs=.5, betas=(.9, .98), weight_decay=.02, log_every=50, checkpoint_every=250, watts=10., **whole_batch(5e-4, 32))
+    teacher_image_size=112, aligned_layers=3, max_length=16, epochs=4, warmup_epochs=.2, betas=(.9, .98), weight_decay=.02, log_every=25, checkpoint_every=250, watts=10., **whole_batch(5e-4, 32))
 
 PRESETS = dict(nano_emoji=NANO_EMOJI,
                quick_emoji=replace(NANO_EMOJI, run_dir='runs/quick_emoji_mm', init='runs/quick_emoji', emoji_clips=32, emoji_stills=16, epochs=2, batch_size=8, log_every=2)) | PUBLISHED # quick: runs through; learns nothing
@@ -129,7 +130,7 @@ def build_dataset(
 ) -> PairDataset: # images and videos with their sentences
     "Read the corpora; generate EmojiMotion first where the config asks for it. Raises what `umt.captions.build_corpora` raises."
     make_data(config)
-    transform = pair_transform(config.image_size, scale=config.crop_scale, flip=config.flip)
+    transform = pair_transform(config.image_size, scale=config.crop_scale, flip=config.flip, antialias=config.antialias)
     return PairDataset(build_corpora(config.corpora, config.data_root, config.missing), config.num_frames, partial(tokenizer.encode, max_length=config.max_length), transform, config.seed, config.sampling)
 
 # %% ../nbs/20_stage2.ipynb #2af38dbc
@@ -309,7 +310,7 @@ def pretrain(
     """Pre-train a video-language model (paper, section 3.2); continue or return a run that is already in `run_dir`. `umt.checkpoints.load_model(run_dir)` loads
     what it leaves. Raises what `umt.training.train` raises, and errors of the data."""
     tokenizer = Tokenizer(config.text, config.sep)
-    dataset, (teacher, model) = build_dataset(config, tokenizer), build_models(config)
+    with quiet_beside_main(): dataset, (teacher, model) = build_dataset(config, tokenizer), build_models(config)
     flops, sizes = flops_per_pair(config, teacher, model), {medium: len(indices) for medium, indices in dataset.media.items()}
     mean = sum(flops[medium] * n for medium, n in sizes.items()) / sum(sizes.values())
     loss_fn = objective(config, teacher, prod(model.student.encoder.grid[1:]))

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['COMPUTE_DTYPE', 'PACKAGES', 'STOP_SIGNALS', 'A100_FLOPS', 'free', 'TrainConfig', 'coerce', 'did_you_mean', 'override',
-           'read_config', 'from_cli', 'learning_rate', 'weight_decay_groups', 'start_accelerator', 'split_batch',
-           'shard', 'distribute', 'Feed', 'gradient_sync', 'accumulate_gradients', 'update', 'NonfiniteError', 'Guard',
-           'Meter', 'CheckpointError', 'sync_to_disk', 'complete', 'write_json', 'file_hash', 'save_checkpoint',
-           'damage', 'newest_checkpoint', 'flat_state', 'unshared', 'load_flat_state', 'config_dict', 'open_run',
-           'git_state', 'environment', 'record_start', 'log_line', 'say', 'Log', 'Preempted', 'stop_signals',
-           'ignore_stop_signals', 'count_flops', 'a100_hours', 'matmul_rate', 'restart_peak_memory', 'peak_memory',
-           'power_draw', 'Session', 'restore', 'open_session', 'train_step', 'catch_up', 'log_step', 'save_step',
-           'ledger', 'finish', 'train']
+           'read_config', 'from_cli', 'learning_rate', 'weight_decay_groups', 'start_accelerator', 'quiet_beside_main',
+           'split_batch', 'shard', 'distribute', 'Feed', 'gradient_sync', 'accumulate_gradients', 'update',
+           'NonfiniteError', 'Guard', 'Meter', 'CheckpointError', 'sync_to_disk', 'complete', 'write_json', 'file_hash',
+           'save_checkpoint', 'damage', 'newest_checkpoint', 'flat_state', 'unshared', 'load_flat_state', 'config_dict',
+           'open_run', 'git_state', 'environment', 'record_start', 'log_line', 'say', 'Log', 'Preempted',
+           'stop_signals', 'ignore_stop_signals', 'count_flops', 'a100_hours', 'matmul_rate', 'restart_peak_memory',
+           'peak_memory', 'power_draw', 'Session', 'restore', 'open_session', 'train_step', 'catch_up', 'log_step',
+           'save_step', 'ledger', 'finish', 'train']
 
 # %% ../nbs/08_training.ipynb #2263233e
-import argparse, difflib, hashlib, importlib.metadata, importlib.util, json, math, os, platform, re, resource
+import argparse, difflib, hashlib, importlib.metadata, importlib.util, io, json, math, os, platform, re, resource
 import shutil, signal, socket, subprocess, sys, threading, time
 from collections import deque
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -202,6 +202,11 @@ def start_accelerator() -> Accelerator: # knows this process's rank and device
     "Join the other processes, if the environment says that there are any; gloo on a machine without an accelerator."
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision='no', kwargs_handlers=[ddp])
+
+# %% ../nbs/08_training.ipynb #f9e5007b
+def quiet_beside_main():
+    "A context in which only the main process prints."
+    return nullcontext() if os.environ.get('RANK', '0') == '0' else redirect_stdout(io.StringIO())
 
 # %% ../nbs/08_training.ipynb #df3600c9
 def split_batch(
