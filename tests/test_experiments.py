@@ -91,3 +91,18 @@ def test_wrong_parameters_end_the_notebook_before_anything_runs(tmp_path):
                              (dict(preset='quick', launcher='slrum'), "did you mean 'slurm'?"), (dict(preset='b16_paper'), 'k400_root')):
         assert complaint in finished(papermill('ablation_masking', tmp_path/'out.ipynb', out_dir=tmp_path/'runs', **wrong), code=1)
     assert not list(tmp_path.glob('runs/*'))
+
+
+@pytest.mark.timeout(900)
+def test_retrieval_tables_share_stages_and_repeat_nothing(out):
+    runs = out/'runs'
+    finished(papermill('table_zero_shot', out/'zero_shot.ipynb', preset='quick', out_dir=runs)) # two processes
+    done = {file: file.stat().st_mtime_ns for kind in ('stage1', 'stage2', 'retrieval') for file in runs.glob(f'{kind}-*/done.json')}
+    assert len(list(runs.glob('stage2-*'))) == 1 and len(list(runs.glob('retrieval-*/evaluation.json'))) == 2
+    for name, rows in (('objectives', 5), ('mm_masking', 6)):
+        finished(papermill(f'ablation_{name}', out/f'{name}.ipynb', preset='quick', seeds=1, launcher='inline', out_dir=runs, save_to=out/f'{name}.json'))
+        saved = json.loads((out/f'{name}.json').read_text())
+        assert len({line['row'] for line in saved['table']}) == rows and all(cost['peak_gib'] > 0 for cost in saved['costs'].values())
+    assert len(list(runs.glob('stage2-*/done.json'))) == 1 + 5 + 5 # both have the default row
+    finished(papermill('table_zero_shot', out/'zero_shot.ipynb', preset='quick', out_dir=runs))
+    assert {file: file.stat().st_mtime_ns for file in done} == done
