@@ -1,13 +1,19 @@
 "The README (`nbs/index.ipynb`): its code runs, its commands are accepted, its links lead somewhere."
-import re, shlex
+import json, re, shlex
 from dataclasses import fields
 from pathlib import Path
 
 import nbformat
 import papermill as pm
+import pytest
 from nbclient import NotebookClient
 
-from umt import recognition, stage1
+from umt import emoji_motion, recognition, retrieval, stage1, stage2
+from umt.captions import find_corpora, read_captions
+from umt.checkpoints import save_published
+from umt.multimodal import Multimodal
+from umt.student import SIZES
+from umt.text import load_text
 from umt.training import from_cli
 
 root = Path(__file__).resolve().parent.parent
@@ -28,12 +34,39 @@ def test_links_lead_somewhere_and_every_notebook_is_listed():
 
 def test_quoted_commands_are_accepted():
     commands = ''.join(re.findall(r'```sh\n(.*?)```', text, re.S)).replace('\\\n', ' ')
-    for module in (stage1, recognition):
+    for module in (stage1, recognition, stage2, retrieval):
         quoted = re.findall(rf'python -m {module.__name__.replace(".", "[.]")}( [^#\n]*)', commands)
         assert quoted
-        for command in quoted: from_cli(module.PRESETS, shlex.split(command)) # exits with code 2 if it does not like one
-    known = {'--' + f.name.replace('_', '-') for c in (stage1.Stage1Config, recognition.RecognitionConfig) for f in fields(c)} | {'--help', '--preset', '--dry-run'}
+        for command in quoted:
+            config, _ = from_cli(module.PRESETS, shlex.split(command)) # exits with code 2 if it does not like one
+            if module is stage2: assert find_corpora(config.corpora)
+    configs = (stage1.Stage1Config, recognition.RecognitionConfig, stage2.Stage2Config, retrieval.RetrievalConfig)
+    known = {'--' + f.name.replace('_', '-') for c in configs for f in fields(c)} | {'--help', '--preset', '--dry-run'}
     assert set(re.findall(r'`(--[a-z-]+)', text)) <= known
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "A folder with what the quoted Python code takes for granted, small: /data is below it."
+    monkeypatch.chdir(tmp_path)
+    emoji_motion.generate('data/videos', {'train': 4}, num_workers=0)
+    Path('data/videos/train.csv').write_text(''.join(f'videos/train/train_{i:06d}.mp4 0\n' for i in range(4)))
+    Path('data/old').mkdir()
+    coco = dict(images=[dict(id=7, file_name='dog.jpg')], annotations=[dict(image_id=7, caption='a dog'), dict(image_id=7, caption='a pet')])
+    Path('data/old/captions_train2014.json').write_text(json.dumps(coco))
+    student = dict(SIZES['nano'], image_size=224, num_frames=4, aligned_layers=0)
+    save_published(Multimodal(student, load_text(vision_dim=student['embed_dim']).config, embed_dim=16), 'b16_25m.pth')
+    return tmp_path
+
+
+def test_quoted_python_runs(home):
+    "With a small model in the place of the published one, and with the embedded tokenizer."
+    blocks = re.findall(r'```python\n(.*?)```', text, re.S)
+    assert len(blocks) >= 2
+    for block in blocks: exec(block.replace("'/data/", "'data/").replace('bert-base-uncased', 'minilm'), names := {})
+    assert len(names['index'].places) == 4
+    coco = read_captions('data/coco.parquet', 'data/pictures')
+    assert coco.paths.to_pylist() == ['dog.jpg'] * 2 and coco.columns['caption'].to_pylist() == ['a dog', 'a pet'] and len(set(coco.ids)) == 1
 
 
 def test_quoted_papermill_parameters_exist():
