@@ -168,16 +168,16 @@ PRESETS = dict(
 # %% ../nbs/15_experiments.ipynb #6d000fc1
 GALLERIES = dict(msrvtt='MSRVTT', didemo='DiDeMo', activitynet='ActivityNet', lsmdc='LSMDC', msvd='MSVD') # of tables 11 and 17
 
-def _emoji_retrieval(pretrain: Stage1Config, multimodal: Stage2Config, **evaluation) -> dict[str, Chain]:
+def _emoji_retrieval(pretrain: Stage1Config, multimodal: Stage2Config, num_videos: int, **evaluation) -> dict[str, Chain]:
     "Both galleries of EmojiMotion."
     multimodal = replace(multimodal, emoji_clips=pretrain.emoji_clips)
-    galleries = {'unseen clips': retrieval.PRESETS['nano_emoji'], 'held-out objects': retrieval.PRESETS['nano_emoji_heldout']}
+    galleries = {'unseen clips': replace(retrieval.PRESETS['nano_emoji'], num_videos=num_videos), 'held-out objects': retrieval.PRESETS['nano_emoji_heldout']}
     return {task: Chain((pretrain, multimodal, replace(gallery, **evaluation))) for task, gallery in galleries.items()}
 
 NANO_STAGE1 = replace(stage1.PRESETS['nano_emoji'], emoji_clips=4000, epochs=2, warmup_epochs=.2)
 RETRIEVAL = dict(
-    nano_emoji=_emoji_retrieval(NANO_STAGE1, stage2.PRESETS['nano_emoji'], k_test=16),
-    quick=_emoji_retrieval(stage1.PRESETS['quick_emoji'], stage2.PRESETS['quick_emoji'], k_test=2)) | {
+    nano_emoji=_emoji_retrieval(NANO_STAGE1, stage2.PRESETS['nano_emoji'], 250, k_test=16),
+    quick=_emoji_retrieval(stage1.PRESETS['quick_emoji'], stage2.PRESETS['quick_emoji'], 8, k_test=2)) | {
     name: {task: Chain((stage2.PRESETS[name], replace(retrieval.PRESETS[gallery], tokenizer=stage2.PRESETS[name].text))) for gallery, task in GALLERIES.items()}
     for name in stage2.PUBLISHED}
 

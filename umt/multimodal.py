@@ -161,6 +161,7 @@ class Multimodal(DualEncoder):
         target: Tensor | None = None, # the teacher's unit tokens [K, B, visible, C]
         gradient: str = 'exact', # 'exact' or 'local', see `umt.objectives.gather`
         group_size: int | None = None, # see `umt.objectives.match_negatives`
+        hardness: float = 1., # of the matching loss's negatives: 1 draws them by similarity / temperature (as the reference), 0 uniformly
         loss: str = 'l2', # see `umt.objectives.uta_loss`
     ) -> dict[str, Tensor]: # loss -> float32 scalar without its weight, for those that have one
         "Raises ValueError for wrong weights, and for losses that need what is not there"
@@ -170,7 +171,7 @@ class Multimodal(DualEncoder):
             with torch.no_grad(): self.temperature.clamp_(*TEMPERATURE)
         video = self.encode_video(batch['video'], mask, num_visible, align='uta' in wanted)
         losses = {'uta': uta_loss(video.aligned, target, loss)} if 'uta' in wanted else {}
-        return losses | language_losses(self, wanted, batch, video, gradient, group_size)
+        return losses | language_losses(self, wanted, batch, video, gradient, group_size, hardness)
 
 # %% ../nbs/18_multimodal.ipynb #403254d6
 def check_needs(
@@ -195,6 +196,7 @@ def language_losses(
     video: EncodedVideo, # its video
     gradient: str, # as for `Multimodal.forward`
     group_size: int | None, # as for `Multimodal.forward`
+    hardness: float, # as for `Multimodal.forward`
 ) -> dict[str, Tensor]: # loss -> float32 scalar
     "Those of the losses that read the captions"
     contrast, matching, guessing = (name in wanted for name in ('vtc', 'vtm', 'mlm'))
@@ -205,7 +207,7 @@ def language_losses(
     if contrast or matching: unit = model.embed_video(video.pooled), model.embed_text(hidden[0])
     if contrast: losses['vtc'] = vtc_loss(*unit, batch['sample_id'], model.temperature, gradient)
     if matching:
-        other_video, other_text, exists = match_negatives(similarity(*unit) / model.temperature, batch['sample_id'], batch['key'], group_size)
+        other_video, other_text, exists = match_negatives(hardness * similarity(*unit) / model.temperature, batch['sample_id'], batch['key'], group_size)
         texts, masks = [hidden[0], hidden[0][other_text], *texts], [attention, attention[other_text], *masks]
     if texts: beside = read_beside(model, texts, masks, video.tokens)
     if matching:

@@ -41,15 +41,15 @@ class _Gather(torch.autograd.Function):
     "Rows of all processes; backward sums over processes what they know of this one's rows"
     @staticmethod
     def forward(ctx, x):
-        rows = x.new_empty(num_processes() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(rows, x.contiguous())
-        return rows
+        rows = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(num_processes())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
 
     @staticmethod
     def backward(ctx, gradient):
-        own = gradient.new_empty(len(gradient) // num_processes(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient.contiguous())
-        return own
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(num_processes())[dist.get_rank()]
 
 # %% ../nbs/06_objectives.ipynb #6b0b2148
 def gather(

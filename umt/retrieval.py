@@ -40,7 +40,7 @@ from .video import middle_indices, read_frames
 @dataclass(frozen=True, kw_only=True)
 class RetrievalConfig(TrainConfig):
     "All that determines an evaluation."
-    init: str = 'runs/nano_emoji_stage2' # run directory of a `Multimodal`, or a published file
+    init: str = 'runs/nano_emoji_mm' # run directory of a `Multimodal`, or a published file
     data_root: str = free('.') # folder of the clips; annotations are looked for in it, too
     annotations: Literal['json', 'msrvtt', 'didemo', 'activitynet', 'lsmdc', 'msvd', 'ssv2_label', 'ssv2_template'] = 'json' # see `umt.galleries.read_gallery`
     captions: str = 'captions_test.json' # annotation file
@@ -358,8 +358,12 @@ def for_videos(
 def load_start(
     config: RetrievalConfig, # init, num_frames, image_size
 ) -> Multimodal: # on the CPU
-    "The model that `init` names. Raises FileNotFoundError if there is none, ValueError if it is something else."
+    "The model that `init` names. Raises FileNotFoundError if there is none, ValueError if it is something else or was trained with another tokenizer."
     path = Path(config.init)
+    trained = read_config(path/'config.json') if (path/'config.json').exists() else {}
+    for mine, theirs in dict(tokenizer='text', sep='sep').items():
+        if trained.get(theirs, getattr(config, mine)) != getattr(config, mine):
+            raise ValueError(f'{mine} {getattr(config, mine)!r}, but {config.init} was trained with {theirs} {trained[theirs]!r}')
     if path.is_dir(): model = load_model(path)
     elif path.is_file(): model = load_multimodal(path, config.image_size, config.num_frames)
     else: raise FileNotFoundError(f'init {config.init!r}: expected a run directory or a published file')
@@ -398,7 +402,7 @@ _ZERO_SHOT = RetrievalConfig(init='b16_25m.pth', tokenizer='bert-base-uncased', 
 
 def _published(name, **protocol): return replace(_ZERO_SHOT, **dict(run_dir=f'runs/zero_shot_{name}', annotations=name, data_root=name) | protocol)
 
-NANO_EMOJI = RetrievalConfig(run_dir='runs/nano_emoji_retrieval', data_root='runs/emoji_motion', image_size=112, k_test=16)
+NANO_EMOJI = RetrievalConfig(run_dir='runs/nano_emoji_retrieval', data_root='runs/emoji_motion', image_size=112, max_length=16, k_test=16)
 PRESETS = dict(
     nano_emoji=NANO_EMOJI,
     nano_emoji_heldout=replace(NANO_EMOJI, run_dir='runs/nano_emoji_retrieval_heldout', captions='captions_test_heldout.json'),
