@@ -108,7 +108,8 @@ PUBLISHED = {f'{size}_{mixture}': replace(base, run_dir=f'runs/{size}_{mixture}'
 NANO_EMOJI = Stage2Config(
     run_dir='runs/nano_emoji_mm', data_root='runs/emoji_motion', corpora=('emoji',), emoji_clips=2000, emoji_stills=1000,
     image_size=112, flip=False, init='runs/nano_emoji', student='nano', drop_path=0., text='minilm', checkpoint_layers=False, embed_dim=128, teacher='nano', teacher_weights=None,
-    teacher_image_size=112, aligned_layers=3, max_length=16, antialias=True, text_dropout=0., temperature_lr_scale=.1, hardness=.3, epochs=3, warmup_epochs=.2, betas=(.9, .98), weight_decay=.02, log_every=25, checkpoint_every=250, watts=10., **whole_batch(1e-3, 32))
+    teacher_image_size=112, aligned_layers=3, max_length=16, antialias=True, text_dropout=0., temperature_lr_scale=.1, hardness=.3,
+    epochs=3, warmup_epochs=.2, betas=(.9, .98), weight_decay=.02, log_every=25, checkpoint_every=250, watts=10., **whole_batch(1e-3, 32))
 
 PRESETS = dict(nano_emoji=NANO_EMOJI,
                quick_emoji=replace(NANO_EMOJI, run_dir='runs/quick_emoji_mm', init='runs/quick_emoji', emoji_clips=32, emoji_stills=16, epochs=2, batch_size=8, log_every=2)) | PUBLISHED # quick: runs through; learns nothing
