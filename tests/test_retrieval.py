@@ -325,7 +325,7 @@ def test_an_evaluation_is_not_repeated_unless_something_changed(clips, trained, 
     config = small(clips, trained, tmp_path)
     found = zero_shot(config)
     assert found['num_videos'] * 4 == found['num_texts'] and found['dropped'] == 0 and found['k_test'] == 5
-    assert json.loads((tmp_path/'config.json').read_text())['max_length'] == 32
+    assert json.loads((tmp_path/'config.json').read_text())['max_length'] == 16
     with monkeypatch.context() as patch:
         patch.setattr(retrieval, 'score_gallery', lambda *_: pytest.fail('evaluated again'))
         assert zero_shot(override(config, eval_batch_size=2, on_disk=True)) == found

@@ -177,12 +177,12 @@ def _emoji_retrieval(pretrain: Stage1Config, multimodal: Stage2Config, num_video
 NANO_STAGE1 = replace(stage1.PRESETS['nano_emoji'], emoji_clips=4000, epochs=2, warmup_epochs=.2)
 RETRIEVAL = dict(
     nano_emoji=_emoji_retrieval(NANO_STAGE1, stage2.PRESETS['nano_emoji'], 250, k_test=16),
-    quick=_emoji_retrieval(stage1.PRESETS['quick_emoji'], stage2.PRESETS['quick_emoji'], 8, k_test=2)) | {
+    quick=_emoji_retrieval(stage1.PRESETS['quick_emoji'], stage2.PRESETS['quick_emoji'], 6, k_test=2)) | {
     name: {task: Chain((stage2.PRESETS[name], replace(retrieval.PRESETS[gallery], tokenizer=stage2.PRESETS[name].text))) for gallery, task in GALLERIES.items()}
     for name in stage2.PUBLISHED}
 
 RETRIEVAL_ABLATION = {name: dict([next(iter(chains.items()))]) for name, chains in RETRIEVAL.items()} # one gallery; on a laptop a shorter Stage 2, and every pair of a part is judged
-for name, shorter, part in (('nano_emoji', dict(epochs=1), dict(num_videos=100, k_test=400)), ('quick', {}, dict(num_videos=8, k_test=32))):
+for name, shorter, part in (('nano_emoji', dict(epochs=1), dict(num_videos=100, k_test=400)), ('quick', {}, dict(num_videos=6, k_test=24))):
     task, chain = next(iter(RETRIEVAL_ABLATION[name].items()))
     RETRIEVAL_ABLATION[name] = {task: Chain((chain.pretrain, replace(chain.configs[1], **shorter), replace(chain.task, **part)))}
 
