@@ -19,7 +19,7 @@ $(VENV)/.installed-dev: settings.ini setup.py
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
 
-# Generate EmojiMotion, pre-train, fine-tune, compare: about a quarter of an hour on two CPU cores.
+# Generate EmojiMotion, pre-train, fine-tune, compare: retrieve: about a quarter of an hour on two CPU cores.
 quickstart: install
 	mkdir -p $(RUN)
 	$(BIN)/papermill --log-output --no-progress-bar nbs/quickstart.ipynb $(RUN)/quickstart.ipynb -p out_dir $(abspath $(RUN)) $(ARGS)
