@@ -28,7 +28,7 @@ from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 from webdataset.tariterators import base_plus_ext
 
-from .datasets import VIDEO_EXTENSIONS, DataError, Manifest, ManifestError, ShardManifest, _absolute, _listing, candidates, resolve, sample_key
+from .datasets import VIDEO_EXTENSIONS, DataError, Manifest, ManifestError, ShardManifest, StepSampler, _absolute, _listing, candidates, resolve, sample_key
 from .video import IMAGENET_MEAN, IMAGENET_STD, VideoError, _to_video, frame_indices, read_frames, seeded
 
 # %% ../nbs/19_captions.ipynb #06b5460c
@@ -754,36 +754,27 @@ class MixedSampler(Sampler):
         start_step: int = 0, # steps already done
         epochs: int = 1, # length of the run
     ):
-        self.media = list(media)
+        self.media, self.seed, self.accumulate, self.start_step = list(media), seed, accumulate, start_step
         most = min(map(len, self.media))
         if not 0 < batch_size <= most: raise ValueError(f'batch_size={batch_size}: expected 1 to {most}, all pairs of the smallest medium')
-        if batch_size % (world_size * accumulate):
-            raise ValueError(f'batch_size={batch_size} cannot be shared by {world_size} processes x {accumulate} micro-batches')
-        self.num_samples, self.batch_size, self.seed = sum(map(len, self.media)), batch_size, seed
-        self.rank, self.world_size, self.accumulate, self.start_step = rank, world_size, accumulate, start_step
         self.steps_of = [len(m) // batch_size for m in self.media]
         self.steps_per_epoch = sum(self.steps_of)
         self.total_steps = epochs * self.steps_per_epoch
+        epoch, place = divmod(start_step, self.steps_per_epoch)
+        done = torch.bincount(self.media_order(epoch)[:place], minlength=len(self.media)).tolist()
+        self.samplers = [StepSampler(len(m), batch_size, sample_key(seed, 0, i, 'medium'), rank, world_size, accumulate, epoch * steps + n, epochs)
+                         for i, (m, steps, n) in enumerate(zip(self.media, self.steps_of, done))]
 
     def __len__(self): return (self.total_steps - self.start_step) * self.accumulate
-
-    def _shuffled(self, n, epoch, which, purpose):
-        return torch.randperm(n, generator=torch.Generator().manual_seed(sample_key(self.seed, epoch, which, purpose)))
 
     def media_order(self, epoch: int) -> torch.Tensor: # int64 [steps_per_epoch], which of `media`
         "The medium of each step of an epoch"
         of_step = torch.arange(len(self.media)).repeat_interleave(torch.tensor(self.steps_of))
-        return of_step[self._shuffled(self.steps_per_epoch, epoch, 0, 'media')]
+        return of_step[torch.randperm(len(of_step), generator=torch.Generator().manual_seed(sample_key(self.seed, epoch, 0, 'media')))]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        size, at = self.batch_size // (self.world_size * self.accumulate), None
-        for step in range(self.start_step, self.total_steps):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if epoch != at:
-                of_step, at = self.media_order(epoch), epoch
-                orders = [m.start + self._shuffled(len(m), epoch, i, 'order') for i, m in enumerate(self.media)]
-                used = torch.bincount(of_step[:place], minlength=len(self.media)).tolist()
-            medium = int(of_step[place])
-            parts = orders[medium][used[medium] * self.batch_size:][:self.batch_size].split(size)
-            used[medium] += 1
-            for micro in range(self.accumulate): yield [(epoch, i) for i in parts[micro * self.world_size + self.rank].tolist()]
+        batches = [iter(sampler) for sampler in self.samplers]
+        for epoch in range(self.start_step // self.steps_per_epoch, self.total_steps // self.steps_per_epoch):
+            first = max(self.start_step - epoch * self.steps_per_epoch, 0)
+            for medium in self.media_order(epoch)[first:].tolist():
+                for _ in range(self.accumulate): yield [(epoch, self.media[medium].start + i) for _, i in next(batches[medium])]

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['EVALUATED', 'PRESETS', 'GALLERIES', 'NANO_STAGE1', 'RETRIEVAL', 'RETRIEVAL_ABLATION', 'RESULTS', 'Interval',
            'interval', 'verdict', 'equal_verdict', 'code_version', 'content', 'identity', 'run_name', 'Chain',
-           'module_of', 'preset', 'vary', 'Plan', 'make_data', 'plan', 'run', 'values', 'table', 'wide', 'chance',
-           'show_table', 'compare', 'verdicts', 'costs', 'save_table', 'load_table', 'recorded', 'check_parameters']
+           'module_of', 'preset', 'vary', 'Plan', 'make_data', 'plan', 'run', 'on_student', 'values', 'table', 'wide',
+           'chance', 'show_table', 'compare', 'verdicts', 'costs', 'save_table', 'load_table', 'recorded',
+           'check_parameters']
 
 # %% ../nbs/15_experiments.ipynb #d4470df3
 import ast, hashlib, importlib.util, json, math, sys, time
@@ -104,9 +105,8 @@ def code_version(
 def content(
     value: Any, # of a config's field
     root: str | Path, # of the data
-) -> str | list | None: # hash of a file, or of the weights in a run's folder; None if there is no such file
-    "What is in the file that a config names; for several, in each of them (a name that is none stays)."
-    if isinstance(value, list) and any(content(v, root) for v in value): return [content(v, root) or v for v in value]
+) -> str | None: # hash of a file, or of the weights in a run's folder; None if there is no such file
+    "What is in the file that a config names."
     if not isinstance(value, str) or not value: return None
     for path in (Path(root)/value, Path(value)):
         file = path/'model.safetensors' if path.is_dir() else path
@@ -211,9 +211,10 @@ def vary(
     **pretrain, # field = value, of the first one
 ) -> dict[str, Chain]: # changed copies
     "Change the recipe of all chains; ValueError for an unknown field or a value of a wrong type."
-    def changed(first, *others): return (override(first, **pretrain), *others)
-    found = {name: (*changed(*chain.configs[:-1]), override(chain.task, **task or {})) for name, chain in chains.items()}
-    return {name: Chain(configs) for name, configs in found.items()}
+    def changed(chain):
+        first, *between = chain.configs[:-1]
+        return Chain((override(first, **pretrain), *between, override(chain.task, **task or {})))
+    return {name: changed(chain) for name, chain in chains.items()}
 
 # %% ../nbs/15_experiments.ipynb #ec572c39
 @dataclass
@@ -280,6 +281,21 @@ def run(
     planned = plan(rows, seeds, out)
     follow(planned.jobs, runner)
     return planned
+
+# %% ../nbs/15_experiments.ipynb #5928048f
+def on_student(
+    chains: Mapping[str, Chain], # Stage 1, Stage 2, task; or without Stage 1
+    student: str, # run folder or file of Stage 1; empty: made by the chains' own Stage 1, with seed 0
+    out: str | Path, # where runs are kept
+    launcher: str = 'local', # see `run`
+    **options, # of the launcher
+) -> dict[str, Chain]: # Stage 2 and task
+    "Let all rows and seeds of an ablation of Stage 2 start from one student. RuntimeError if it cannot be made."
+    if not student:
+        first = run({'student': {name: Chain(chain.configs[:1]) for name, chain in chains.items()}}, [0], out, launcher, **options)
+        first.check()
+        student = next(iter(first.folders.values()))[0]
+    return vary({name: Chain(chain.configs[-2:]) for name, chain in chains.items()}, init=str(Path(student).resolve()))
 
 # %% ../nbs/15_experiments.ipynb #3ff76c5a
 def _origin(folders: Sequence[Path]) -> dict:
@@ -362,10 +378,11 @@ def compare(
     better: str, # row
     worse: str, # row
     equal: float | None = None, # the claim is that both are equal, up to this margin
-    metric: str = 'top1', # in evaluation.json
+    metric: str | tuple[str, str] = 'top1', # in evaluation.json; or one for each row
 ) -> str: # verdict
     "Judge a claim about two rows by their paired differences over the seeds that both have."
-    a, b = values(planned, better, task, metric), values(planned, worse, task, metric)
+    of_better, of_worse = (metric, metric) if isinstance(metric, str) else metric
+    a, b = values(planned, better, task, of_better), values(planned, worse, task, of_worse)
     both = sorted(a.keys() & b.keys())
     if not both: return 'not resolved (no seed is done in both rows)'
     pair = [a[s] for s in both], [b[s] for s in both]

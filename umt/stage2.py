@@ -23,8 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from . import emoji_motion
 from .captions import MixedSampler, PairDataset, build_corpora, collate_pairs, find_corpora, pair_transform
 from .checkpoints import load_model, load_published, save_config
+from .datasets import DataError
 from .masking import make_mask, num_visible
-from .multimodal import Multimodal, freeze_unused, multimodal_from
+from .multimodal import LOSSES, Multimodal, freeze_unused, multimodal_from
 from .objectives import mask_captions
 from .student import SIZES, Student
 from .teacher import Teacher, load_teacher
@@ -142,7 +143,8 @@ def build_dataset(
     "Read the corpora; generate EmojiMotion first where the config asks for it. Raises what `umt.captions.build_corpora` raises."
     make_data(config)
     transform = pair_transform(config.image_size, scale=config.crop_scale, flip=config.flip, antialias=config.antialias)
-    return PairDataset(build_corpora(config.corpora, config.data_root, config.missing), config.num_frames, partial(tokenizer.encode, max_length=config.max_length), transform, config.seed, config.sampling)
+    corpora, encode = build_corpora(config.corpora, config.data_root, config.missing), partial(tokenizer.encode, max_length=config.max_length)
+    return PairDataset(corpora, config.num_frames, encode, transform, config.seed, config.sampling)
 
 # %% ../nbs/20_stage2.ipynb #2af38dbc
 def collate(
@@ -159,7 +161,7 @@ def collate(
 def loss_weights(
     config: Stage2Config, # of the run
 ) -> dict[str, float]: # loss -> weight
-    return {name: getattr(config, f'{name}_weight') for name in ('uta', 'vtc', 'vtm', 'mlm')}
+    return {name: getattr(config, f'{name}_weight') for name in LOSSES}
 
 # %% ../nbs/20_stage2.ipynb #fe1fc7b4
 def load_start(
@@ -183,13 +185,12 @@ def model_from(
     "The model that goes on from a student, or from an earlier Stage 2."
     encoder = dict(num_frames=config.num_frames, image_size=config.image_size, drop_path=config.drop_path, checkpoint_blocks=config.checkpoint_blocks, base_grid=None)
     layers = config.aligned_layers if config.uta_weight else 0
+    changes = dict(checkpoint_layers=config.checkpoint_layers, hidden_dropout_prob=config.text_dropout, attention_probs_dropout_prob=config.text_dropout)
     if isinstance(start, Multimodal):
         text, embed_dim, temperature = start.text, start.config['embed_dim'], start.temperature.item()
-        text.config['checkpoint_layers'] = config.checkpoint_layers
+        text.config |= changes
     else:
-        text = load_text(config.text, start.config['embed_dim'], config.fusion_layer, checkpoint_layers=config.checkpoint_layers,
-                         hidden_dropout_prob=config.text_dropout, attention_probs_dropout_prob=config.text_dropout)
-        embed_dim, temperature = config.embed_dim, config.temperature
+        text, embed_dim, temperature = load_text(config.text, start.config['embed_dim'], config.fusion_layer, **changes), config.embed_dim, config.temperature
     model = multimodal_from(start if isinstance(start, Student) else start.student, text, embed_dim, temperature, layers, **encoder)
     if isinstance(start, Multimodal):
         for name in ('pool_norm', 'video_proj', 'text_proj', 'match_head'): getattr(model, name).load_state_dict(getattr(start, name).state_dict())
@@ -281,8 +282,8 @@ def flops_per_pair(
         video = torch.empty(batch_size, 3, frames, config.image_size, config.image_size)
         batch = dict(video=video, input_ids=ids, attention_mask=ids, sample_id=per_pair, key=per_pair, mlm_ids=ids, mlm_positions=words, mlm_labels=words)
         torch.autograd.grad(loss_fn(model, batch)[0], trained, allow_unused=True)
-    media = [(medium, 1 if medium == 'image' else config.num_frames) for medium in ('image', 'video') if medium in {corpus.medium for corpus in find_corpora(config.corpora)}]
-    with FakeTensorMode(allow_non_fake_inputs=True): return {medium: count_flops(lambda: step(frames)) // batch_size for medium, frames in media}
+    media = {corpus.medium: 1 if corpus.medium == 'image' else config.num_frames for corpus in find_corpora(config.corpora)}
+    with FakeTensorMode(allow_non_fake_inputs=True): return {medium: count_flops(lambda: step(frames)) // batch_size for medium, frames in media.items()}
 
 # %% ../nbs/20_stage2.ipynb #248784ca
 BERT_SIZES = {'bert-base-uncased': dict(fusion_layer=9), # BertConfig's defaults
@@ -311,9 +312,10 @@ def dry_run(
     lines += [f'{count / 1e9:10.1f} GFLOPs per {medium} with its sentence' for medium, count in flops.items()]
     if num_pairs is None:
         try: num_pairs = {medium: sum(map(len, manifests)) for medium, manifests in build_corpora(config.corpora, config.data_root, config.missing).items()}
-        except FileNotFoundError as error: return '\n'.join([*lines, f'{error}: so the number of pairs and the A100-hours are not known'])
+        except (FileNotFoundError, DataError) as error: return '\n'.join([*lines, f'{error}: so the number of pairs and the A100-hours are not known'])
     steps = sum(n // config.batch_size for n in num_pairs.values())
     total = sum(flops[medium] * n for medium, n in num_pairs.items()) * config.epochs
+    lines += [f'only {n:,} {medium}s, fewer than a batch: the run would refuse' for medium, n in num_pairs.items() if n < config.batch_size]
     return '\n'.join([*lines, f'{num_pairs}, {steps:,} steps x {config.epochs} epochs', *a100_hours(total)])
 
 # %% ../nbs/20_stage2.ipynb #0cef8ef9
@@ -327,8 +329,8 @@ def pretrain(
     flops, sizes = flops_per_pair(config, teacher, model), {medium: len(indices) for medium, indices in dataset.media.items()}
     mean = sum(flops[medium] * n for medium, n in sizes.items()) / sum(sizes.values())
     loss_fn = objective(config, teacher, prod(model.student.encoder.grid[1:]))
-    result = train(config, model, dataset, loss_fn, frozen=(teacher,) * (teacher is not None), param_groups=param_groups(config, model), flops_per_sample=mean, make_sampler=partial(MixedSampler, list(dataset.media.values())),
-                   collate_fn=partial(collate, tokenizer=tokenizer, word_mask_ratio=config.word_mask_ratio))
+    result = train(config, model, dataset, loss_fn, frozen=(teacher,) * (teacher is not None), param_groups=param_groups(config, model), flops_per_sample=mean,
+                   make_sampler=partial(MixedSampler, dataset.media.values()), collate_fn=partial(collate, tokenizer=tokenizer, word_mask_ratio=config.word_mask_ratio))
     accelerator = start_accelerator()
     if accelerator.is_main_process: save_config(model, config.run_dir)
     accelerator.wait_for_everyone() # whoever goes on with the model finds it

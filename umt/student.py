@@ -180,9 +180,8 @@ class VideoTransformer(nn.Module):
         index: torch.Tensor | None = None, # int64 [B, n], the tokens to look at; None = all
         num_layers: int = 1, # how many of the last layers to return
     ) -> torch.Tensor: # [num_layers, B, n, embed_dim], shallow to deep
-        num_tokens = self.num_tokens(video)
+        token = torch.arange(self.num_tokens(video), device=video.device)[None] if index is None else index
         x = self.patch_embed(video, index)
-        token = torch.arange(num_tokens, device=x.device)[None] if index is None else index
         x = x + self.positions[token].to(x.dtype)
         attn_mask = same_frame(token, prod(self.grid[1:])) if self.config['attention'] == 'spatial' else None
         outputs = []
