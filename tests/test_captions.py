@@ -9,9 +9,10 @@ import torch
 from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 from umt import captions, emoji_motion
-from umt.captions import (Corpus, ImageError, MixedSampler, PairDataset, build_corpora, collate_pairs, find_corpora, pair_transform, read_captions,
-                          read_image, read_published, share_ids, write_captions)
+from umt.captions import read_captions, share_ids, write_captions
+from umt.corpora import Corpus, build_corpora, find_corpora, read_published
 from umt.datasets import DataError, ManifestError, Quarantine, write_shards
+from umt.pairs import ImageError, MixedSampler, PairDataset, collate_pairs, pair_transform, read_image
 from umt.video import denormalize
 
 CLIPS, STILLS = 12, 16

@@ -9,8 +9,9 @@ import pytest
 from nbclient import NotebookClient
 
 from umt import emoji_motion, recognition, retrieval, stage1, stage2
-from umt.captions import find_corpora, read_captions
+from umt.captions import read_captions
 from umt.checkpoints import save_published
+from umt.corpora import find_corpora
 from umt.multimodal import Multimodal
 from umt.student import SIZES
 from umt.text import load_text

@@ -83,8 +83,8 @@ def test_one_module_per_numbered_notebook():
     assert modules == {module_of(p) for p in numbered}
 
 
-FLOORS = [{'video', 'emoji_motion'}, {'datasets', 'augmentation'}, {'captions', 'masking', 'teacher', 'student', 'text', 'annotations'}, {'objectives', 'galleries'},
-          {'multimodal'}, {'checkpoints'}, {'training'}, {'evaluation'}, {'stage1', 'stage2', 'recognition', 'detection', 'retrieval', 'qa', 'launchers'},
+FLOORS = [{'video', 'emoji_motion'}, {'datasets', 'augmentation'}, {'captions', 'masking', 'teacher', 'student', 'text', 'annotations'}, {'corpora', 'pairs'},
+          {'objectives', 'galleries'}, {'multimodal'}, {'checkpoints'}, {'training'}, {'evaluation'}, {'stage1', 'stage2', 'recognition', 'detection', 'retrieval', 'qa', 'launchers'},
           {'experiments', 'explore', 'benchmark'}]
 
 

@@ -23,7 +23,6 @@ from scipy.stats import t as student_t
 from . import recognition, retrieval, stage1, stage2
 from .launchers import Job, follow, make_launcher, prepare
 from .recognition import RecognitionConfig
-from .retrieval import RetrievalConfig
 from .stage1 import Stage1Config
 from .stage2 import Stage2Config
 from .teacher import NANO

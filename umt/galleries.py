@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 # %% ../nbs/22_galleries.ipynb #2e159ef9
 from .annotations import existing
-from .captions import pair_transform
+from .pairs import pair_transform
 from .datasets import Manifest, ManifestError, _check_row, _file_rows, make_manifest
 from .text import Tokenizer, clean_text
 from .video import UnreadableVideo, VideoError, middle_indices, probe, read_frames

@@ -21,16 +21,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import emoji_motion
-from .captions import MixedSampler, PairDataset, build_corpora, collate_pairs, find_corpora, pair_transform
+from .corpora import build_corpora, find_corpora
 from .checkpoints import load_model, load_published, save_config
 from .datasets import DataError
 from .masking import make_mask, num_visible
 from .multimodal import LOSSES, Multimodal, freeze_unused, multimodal_from
 from .objectives import mask_captions
+from .pairs import MixedSampler, PairDataset, collate_pairs, pair_transform
 from .student import SIZES, Student
 from .teacher import Teacher, load_teacher
 from .text import Tokenizer, load_text
-from .training import COMPUTE_DTYPE, TrainConfig, a100_hours, count_flops, free, from_cli, override, quiet_beside_main, start_accelerator, train, weight_decay_groups
+from .training import COMPUTE_DTYPE, TrainConfig, a100_hours, count_flops, free, from_cli, quiet_beside_main, start_accelerator, train, weight_decay_groups
 from .video import seeded
 
 # %% ../nbs/20_stage2.ipynb #800b004f
@@ -38,7 +39,7 @@ from .video import seeded
 class PairConfig(TrainConfig):
     "The loop's fields (`TrainConfig`), and the pairs."
     data_root: str = free('.') # folder that the corpora's paths are relative to
-    corpora: tuple[str, ...] = ('5m',) # mixtures, corpora, or 'video:FILE' and 'image:FILE', see `umt.captions.find_corpora`
+    corpora: tuple[str, ...] = ('5m',) # mixtures, corpora, or 'video:FILE' and 'image:FILE', see `umt.corpora.find_corpora`
     missing: Literal['drop', 'keep', 'error'] = 'drop' # what to do about pairs whose medium is not there
     emoji_clips: int = 0 # > 0: first generate EmojiMotion in `data_root`, unless it is there: so many training clips, a quarter for val and test each
     emoji_stills: int = 0 # > 0: so many captioned stills, too
@@ -140,7 +141,7 @@ def build_dataset(
     config: Stage2Config, # of the run
     tokenizer: Tokenizer, # of its text model
 ) -> PairDataset: # images and videos with their sentences
-    "Read the corpora; generate EmojiMotion first where the config asks for it. Raises what `umt.captions.build_corpora` raises."
+    "Read the corpora; generate EmojiMotion first where the config asks for it. Raises what `umt.corpora.build_corpora` raises."
     make_data(config)
     transform = pair_transform(config.image_size, scale=config.crop_scale, flip=config.flip, antialias=config.antialias)
     corpora, encode = build_corpora(config.corpora, config.data_root, config.missing), partial(tokenizer.encode, max_length=config.max_length)
