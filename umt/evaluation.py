@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DataConfig', 'read_list', 'view_indices', 'cut_views', 'ViewDataset', 'RecognitionData', 'build_datasets',
-           'gather_rows', 'predict', 'clip_probabilities', 'scores', 'write_predictions', 'fingerprint', 'evaluate',
-           'show_confusion']
+           'gather_rows', 'check_failures', 'predict', 'clip_probabilities', 'scores', 'write_predictions',
+           'fingerprint', 'evaluate', 'show_confusion']
 
 # %% ../nbs/12_evaluation.ipynb #4bd34a3b
 import hashlib, json, sys
@@ -170,6 +170,16 @@ def gather_rows(
         if len(share): together[r::world] = share
     return together
 
+# %% ../nbs/12_evaluation.ipynb #d17f15a7
+def check_failures(
+    failures: list[tuple[int, str, str]], # of this process: (sample id, path, reason)
+    total: int, # clips
+):
+    "Raise `umt.datasets.DataError` listing the clips that no process could decode; collective."
+    if failures := gather_object(failures):
+        listed = '\n'.join(f'  {path}: {reason}' for _, path, reason in failures[:50])
+        raise DataError(f'{len(failures)} of {total} clips cannot be decoded, and none is replaced in an evaluation:\n{listed}')
+
 # %% ../nbs/12_evaluation.ipynb #a776d7f9
 @torch.inference_mode()
 def predict(
@@ -179,7 +189,7 @@ def predict(
     accelerator: Accelerator, # device and processes
     features: bool = False, # what goes into the classifier instead of what comes out?
 ) -> Tensor | None: # float32 [clips, views, classes] on the CPU, in the data set's order; None except on the main process
-    "Logits of every view of every clip; collective. Raises `umt.datasets.DataError` listing the clips that cannot be decoded."
+    "Logits of every view of every clip; collective. Raises as `check_failures`."
     device, rank, world, was_training = accelerator.device, accelerator.process_index, accelerator.num_processes, model.training
     model.to(device).eval()
     sampler = EvalSampler(len(dataset), max(1, config.eval_batch_size // prod(dataset.views)), rank, world)
@@ -191,9 +201,7 @@ def predict(
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32): out = (model.features if features else model)(video.flatten(0, 1))
         rows.append(out.float().cpu().unflatten(0, video.shape[:2]))
     model.train(was_training)
-    if failures := gather_object(failures):
-        listed = '\n'.join(f'  {path}: {reason}' for _, path, reason in failures[:50])
-        raise DataError(f'{len(failures)} of {len(dataset)} clips cannot be decoded, and none is replaced in an evaluation:\n{listed}')
+    check_failures(failures, len(dataset))
     return gather_rows(torch.cat(rows) if rows else torch.empty(0), accelerator)
 
 # %% ../nbs/12_evaluation.ipynb #fd8a90eb

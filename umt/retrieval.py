@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NANO_EMOJI', 'PRESETS', 'RetrievalConfig', 'target_ranks', 'retrieval_metrics', 'host_rows', 'VideoIndex',
-           'config_for', 'check_failures', 'index_videos', 'TextIndex', 'shared_rows', 'encode_texts', 'dual_scores',
-           'candidates', 'match_scores', 'score_gallery', 'gallery_metrics', 'fingerprint', 'evaluate', 'for_videos',
-           'load_start', 'test_set', 'zero_shot', 'dry_run', 'main', 'Hit', 'search', 'show_hits', 'search_box']
+           'config_for', 'index_videos', 'TextIndex', 'shared_rows', 'encode_texts', 'dual_scores', 'candidates',
+           'match_scores', 'score_gallery', 'gallery_metrics', 'fingerprint', 'evaluate', 'for_videos', 'load_start',
+           'test_set', 'zero_shot', 'dry_run', 'main', 'Hit', 'search', 'show_hits', 'search_box']
 
 # %% ../nbs/21_retrieval.ipynb #24ca946e
 import hashlib, io, json, os, sys, tempfile
@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/21_retrieval.ipynb #29d8201e
 from .checkpoints import load_model, load_multimodal
-from .datasets import DataError, EvalSampler, Manifest, collate
-from .evaluation import gather_rows
+from .datasets import EvalSampler, Manifest, collate
+from .evaluation import check_failures, gather_rows
 from .galleries import Gallery, GalleryDataset, describe, existing_videos, read_gallery
 from .multimodal import Multimodal
 from .objectives import similarity
@@ -122,16 +122,6 @@ def config_for(
     "A configuration that fits a model."
     student = model.student.config
     return RetrievalConfig(num_frames=student['num_frames'], image_size=student['image_size'], **changes)
-
-# %% ../nbs/21_retrieval.ipynb #e2c4901b
-def check_failures(
-    failures: list[tuple[int, str, str]], # of this process: (index, path, reason)
-    total: int, # videos
-):
-    "Raise `umt.datasets.DataError` listing the clips that no process could decode; collective."
-    if failures := gather_object(failures):
-        listed = '\n'.join(f'  {path}: {reason}' for _, path, reason in failures[:50])
-        raise DataError(f'{len(failures)} of {total} clips cannot be decoded, and none is replaced in an evaluation:\n{listed}')
 
 # %% ../nbs/21_retrieval.ipynb #cabb8ed5
 @torch.inference_mode()
