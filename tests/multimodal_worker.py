@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from umt.masking import random_mask
-from umt.multimodal import Multimodal, freeze_unused
-from umt.objectives import mask_captions
-from umt.training import shard
+from umt.models.masking import random_mask
+from umt.models.multimodal import Multimodal, freeze_unused
+from umt.models.objectives import mask_captions
+from umt.training.distributed import shard
 
 STUDENT = dict(image_size=32, patch_size=16, num_frames=2, embed_dim=16, depth=3, num_heads=2, aligned_layers=2, target_dim=12)
 TEXT = dict(vision_dim=16, fusion_layer=2, vocab_size=50, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,

@@ -5,9 +5,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from umt import emoji_motion
-from umt.annotations import KINDS, existing, read_annotations, read_classes
-from umt.datasets import ManifestError, VideoDataset, read_manifest, read_shards, write_shards
+from umt.data import emoji_motion, emoji_scenes
+from umt.data.annotations import KINDS, existing, read_annotations, read_classes
+from umt.data.media import VideoDataset
+from umt.data.shards import read_shards, write_shards
+from umt.data.tables import ManifestError, read_manifest
 
 KINETICS = 'label,youtube_id,time_start,time_end,split\n'
 SSV2 = dict(id='7', label='holding a cup', template='Holding [something]', placeholders=['a cup'])
@@ -140,11 +142,11 @@ def test_only_existing_looks_at_the_disk(write, tmp_path, monkeypatch):
 
 def test_from_annotations_to_samples(write, tmp_path):
     "Real clips under Kinetics' names; one of them is gone"
-    specs = [emoji_motion.clip_spec('train', i, num_objects=16, image_size=48, num_frames=6) for i in range(3)]
+    specs = [emoji_scenes.clip_spec('train', i, num_objects=16, image_size=48, num_frames=6) for i in range(3)]
     rows = [f'{spec.lead.action},yt{i:09},{i},{i + 10},train\n' for i, spec in enumerate(specs)]
     train, names = read_annotations('kinetics', write('train.csv', KINETICS + ''.join(rows)), tmp_path/'clips')
     (tmp_path/'clips').mkdir()
-    for i in (0, 2): emoji_motion.write_mp4(tmp_path/'clips'/train.name(i), emoji_motion.render(specs[i]), fps=6)
+    for i in (0, 2): emoji_motion.write_mp4(tmp_path/'clips'/train.name(i), emoji_scenes.render(specs[i]), fps=6)
     found, missing = existing(train)
     assert missing == ['yt000000001_000001_000011.mp4']
     samples = [VideoDataset(found, 2)[0, i] for i in range(2)]

@@ -8,10 +8,12 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import v2
 
-from umt import emoji_motion
-from umt.augmentation import Mixup, RandAugment, RandomErasing, crop_views, finetune_transform
-from umt.datasets import VideoDataset, collate, read_manifest
-from umt.video import denormalize, seeded
+from umt.data import emoji_motion, emoji_scenes
+from umt.data.augmentation import Mixup, RandAugment, RandomErasing, crop_views, finetune_transform
+from umt.data.media import VideoDataset, collate
+from umt.data.tables import read_manifest
+from umt.core.seeds import seeded
+from umt.data.transforms import denormalize
 
 
 def noise(*shape, seed=0): return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
@@ -71,8 +73,8 @@ def test_crops_start_where_the_reference_has_them(num_crops):
 
 
 def test_repeated_augmentation(tmp_path):
-    spec = emoji_motion.clip_spec('train', 0, num_objects=16, image_size=48)
-    emoji_motion.write_mp4(tmp_path/'a.mp4', emoji_motion.render(spec), fps=12)
+    spec = emoji_scenes.clip_spec('train', 0, num_objects=16, image_size=48)
+    emoji_motion.write_mp4(tmp_path/'a.mp4', emoji_scenes.render(spec), fps=12)
     (tmp_path/'list.csv').write_text('a.mp4,3\n')
     def batch(**options): return collate([VideoDataset(read_manifest(tmp_path/'list.csv'), 4, num_sample=2, **options)[0, 0]])['video']
     transform, python, numpy = finetune_transform(32), random.getstate(), np.random.get_state()

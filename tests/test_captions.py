@@ -8,12 +8,14 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
-from umt import captions, emoji_motion
-from umt.captions import read_captions, share_ids, write_captions
-from umt.corpora import Corpus, build_corpora, find_corpora, read_published
-from umt.datasets import DataError, ManifestError, Quarantine, write_shards
-from umt.pairs import ImageError, MixedSampler, PairDataset, collate_pairs, pair_transform, read_image
-from umt.video import denormalize
+from umt.data import captions, emoji_motion
+from umt.data.captions import read_captions, share_ids, write_captions
+from umt.data.corpora import Corpus, build_corpora, find_corpora, read_published
+from umt.data.media import DataError, Quarantine
+from umt.data.shards import write_shards
+from umt.data.tables import ManifestError
+from umt.data.pairs import ImageError, MixedSampler, PairDataset, collate_pairs, pair_transform, read_image
+from umt.data.transforms import denormalize
 
 CLIPS, STILLS = 12, 16
 
@@ -521,4 +523,4 @@ def test_stills_show_no_heldout_object(tmp_path):
     specs = [emoji_motion._still('train', i, num_objects=120)[0] for i in range(400)]
     assert not any(s.heldout for s in specs) and len({s.lead.object.name for s in specs}) > 80
     assert set(Counter(s.lead.object.category for s in specs).values()) == {50}
-    assert all(emoji_motion.pose(s.lead, t, s.num_frames)[-1] >= .5 for s, t in (emoji_motion._still('train', i) for i in range(50)))
+    assert all(emoji_scenes.pose(s.lead, t, s.num_frames)[-1] >= .5 for s, t in (emoji_motion._still('train', i) for i in range(50)))

@@ -6,10 +6,11 @@ import pandas as pd
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from umt import emoji_motion
-from umt.datasets import (DataError, EvalSampler, ManifestError, Quarantine, StepSampler, TooManyBadClips, VideoDataset, collate, read_manifest,
-                          read_shards, write_shards)
-from umt.video import pretrain_transform
+from umt.data import emoji_motion
+from umt.data.media import DataError, EvalSampler, Quarantine, StepSampler, TooManyBadClips, VideoDataset, collate
+from umt.data.shards import read_shards, write_shards
+from umt.data.tables import ManifestError, read_manifest
+from umt.data.transforms import pretrain_transform
 
 N = 12
 BAD = 2, 7

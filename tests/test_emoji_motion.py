@@ -8,7 +8,8 @@ import decord
 import numpy as np
 import pytest
 
-from umt.emoji_motion import ACTIONS, CATEGORIES, SCENES, boxes, clip_spec, generate, objects, pose, render, reverse, stills
+from umt.data.emoji_motion import generate
+from umt.data.emoji_scenes import ACTIONS, CATEGORIES, SCENES, boxes, clip_spec, objects, pose, render, reverse, stills
 
 
 def contents(root):

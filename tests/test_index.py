@@ -8,14 +8,15 @@ import papermill as pm
 import pytest
 from nbclient import NotebookClient
 
-from umt import emoji_motion, recognition, retrieval, stage1, stage2
-from umt.captions import read_captions
-from umt.checkpoints import save_published
-from umt.corpora import find_corpora
-from umt.multimodal import Multimodal
-from umt.student import SIZES
-from umt.text import load_text
-from umt.training import from_cli
+from umt.data import emoji_motion
+from umt.tasks import recognition, retrieval, stage1, stage2
+from umt.data.captions import read_captions
+from umt.models.published import save_published
+from umt.data.corpora import find_corpora
+from umt.models.multimodal import Multimodal
+from umt.models.student import SIZES
+from umt.models.text import load_text
+from umt.core.config import from_cli
 
 root = Path(__file__).resolve().parent.parent
 index = root/'nbs/index.ipynb'

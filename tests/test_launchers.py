@@ -2,7 +2,8 @@
 import os
 from pathlib import Path
 
-from umt.launchers import Job, Local, follow, prepare
+from umt.experiments.jobs import Job, prepare
+from umt.experiments.launchers import Local, follow
 
 
 def test_no_process_begins_a_run_before_the_one_below_it_is_complete(tmp_path, monkeypatch):

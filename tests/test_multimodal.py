@@ -9,9 +9,10 @@ from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 from multimodal_worker import STUDENT, TEXT, WEIGHTS, compute, shares
-from umt.multimodal import Multimodal
-from umt.objectives import mask_captions
-from umt.training import TrainConfig, train
+from umt.models.multimodal import Multimodal
+from umt.models.objectives import mask_captions
+from umt.core.config import TrainConfig
+from umt.training.loop import train
 
 WORKER = Path(__file__).with_name('multimodal_worker.py')
 ONLY = lambda *names: {name: float(name in names) for name in WEIGHTS}

@@ -9,14 +9,19 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from torch.utils.data import Dataset
-from umt.checkpoints import (PUBLISHED_GRID, WeightsError, load_model, load_multimodal, load_published, load_recognizer, load_student, load_teacher,
-                             published_names, read_state_dict, save_model, save_published, to_published)
-from umt.multimodal import Multimodal
-from umt.objectives import match_negatives, mlm_loss, similarity, uta_loss, vtc_loss
-from umt.retrieval import config_for, gallery_metrics, score_gallery
-from umt.student import SIZES, Recognizer, Student, position_table
-from umt.teacher import Teacher, open_clip_visual
-from umt.training import start_accelerator
+from umt.models.published import (
+    PUBLISHED_GRID, load_model, load_multimodal, load_published, load_recognizer, load_student, load_teacher,
+    published_names, save_model, save_published, to_published)
+from umt.models.weights import WeightsError, read_state_dict
+from umt.models.multimodal import Multimodal
+from umt.models.objectives import match_negatives, mlm_loss, similarity, vtc_loss
+from umt.models.targets import uta_loss
+from umt.tasks.ranking import config_for, gallery_metrics, score_gallery
+from umt.models.backbone import position_table
+from umt.models.heads import Recognizer
+from umt.models.student import SIZES, Student
+from umt.models.teachers import Teacher, open_clip_visual
+from umt.training.distributed import start_accelerator
 
 REFERENCE = Path(os.environ.get('UMT_REFERENCE_DIR', Path(__file__).parents[2]/'shared'/'reference'))
 close = dict(rtol=1e-4, atol=1e-5)  # the tolerance that the reference vectors are given with
@@ -216,7 +221,7 @@ def test_stage2_step(stage2, multimodal, recorded):
 
 
 class Clips(Dataset):
-    "Decoded videos, as `umt.galleries.GalleryDataset` gives them"
+    "Decoded videos, as `umt.data.galleries.GalleryDataset` gives them"
     def __init__(self, videos): self.videos = videos
     def __len__(self): return len(self.videos)
     def __getitem__(self, position):

@@ -9,13 +9,20 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from umt import emoji_motion, evaluation, recognition
-from umt.checkpoints import load_model, save_model, save_published
-from umt.datasets import DataError, read_manifest
-from umt.evaluation import ViewDataset, build_datasets, clip_probabilities, predict, scores
-from umt.recognition import PRESETS, PUBLISHED, build_model, dry_run, finetune, layer_groups, main
-from umt.student import SIZES, Recognizer, Student, position_table
-from umt.training import learning_rate, override, start_accelerator
+from umt.data import emoji_motion
+from umt.tasks import evaluators as evaluation, recognition
+from umt.models.published import load_model, save_model, save_published
+from umt.data.media import DataError
+from umt.data.tables import read_manifest
+from umt.tasks.evaluators import ViewDataset, build_datasets, clip_probabilities, predict, scores
+from umt.tasks.recognition import PRESETS, PUBLISHED, build_model, dry_run, finetune, main
+from umt.training.schedule import layer_groups
+from umt.models.backbone import position_table
+from umt.models.heads import Recognizer
+from umt.models.student import SIZES, Student
+from umt.core.config import override
+from umt.training.distributed import start_accelerator
+from umt.training.schedule import learning_rate
 
 # The published recipes, script by script: start, batch per GPU (of 16), repeated augmentation, learning rate used, epochs, warm-up, drop path,
 # layer decay, weight decay, checkpointed blocks, segments, crops.

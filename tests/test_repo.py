@@ -17,7 +17,7 @@ name = lambda p: p.name
 
 def read(path): return nbformat.read(path, as_version=4)
 def code(nb): return [c for c in nb.cells if c.cell_type == 'code']
-def module_of(path): return 'umt/' + re.sub(r'^\d\d[a-z]?_', '', path.stem).replace('.', '/') + '.py'
+def module_of(path): return 'umt/' + x.replace('.', '/') + '.py'
 
 
 def has_test(src: str) -> bool:
@@ -134,7 +134,7 @@ def test_wheel_holds_every_module_and_asset(copy, tmp_path):
     subprocess.run([sys.executable, '-m', 'zipfile', '-e', wheel, tmp_path/'site'], check=True)
     probe = ("import sys, time; t = time.perf_counter(); import umt; t = time.perf_counter() - t\n"
              f"assert umt.__file__.startswith({str(tmp_path)!r}), umt.__file__\n"
-             "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\nassert t < 1, t\nimport umt.teacher; umt.teacher.load_teacher('nano')")
+             "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\nassert t < 1, t\nimport umt.models.teachers; umt.models.teachers.load_teacher('nano')")
     subprocess.run([sys.executable, '-c', probe], cwd=tmp_path, env={'PYTHONPATH': str(tmp_path/'site'), 'PATH': ''}, check=True)
 
 

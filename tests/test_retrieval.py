@@ -9,15 +9,20 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from umt import emoji_motion, retrieval
-from umt.checkpoints import load_multimodal, save_model
-from umt.datasets import ManifestError
-from umt.galleries import GALLERIES, GalleryDataset, read_gallery
-from umt.multimodal import EncodedVideo, Multimodal
-from umt.retrieval import PRESETS, RetrievalConfig, gallery_metrics, index_videos, retrieval_metrics, score_gallery, search, target_ranks, zero_shot
-from umt.student import Student
-from umt.text import Tokenizer
-from umt.training import override, start_accelerator
+from umt.data import emoji_motion
+from umt.tasks import retrieval
+from umt.models.published import load_multimodal, save_model
+from umt.data.tables import ManifestError
+from umt.data.galleries import GALLERIES, GalleryDataset, read_gallery
+from umt.models.multimodal import EncodedVideo, Multimodal
+from umt.tasks.ranking import (
+    RetrievalConfig, gallery_metrics, index_videos, retrieval_metrics, score_gallery, target_ranks)
+from umt.tasks.retrieval import PRESETS, zero_shot
+from umt.tasks.search import search
+from umt.models.student import Student
+from umt.models.text import Tokenizer
+from umt.core.config import override
+from umt.training.distributed import start_accelerator
 
 REFERENCE = Path(__file__).parents[1].parent/'shared/reference/tiny_a'
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from umt import stage2
-from umt.checkpoints import load_model, save_model
-from umt.student import Student
-from umt.training import Preempted
+from umt.tasks import stage2
+from umt.models.published import load_model, save_model
+from umt.models.student import Student
+from umt.core.signals import Preempted
 
 SIZES = dict(image_size=112, num_frames=4, embed_dim=32, depth=2, num_heads=2)
 

@@ -12,7 +12,7 @@ from open_clip.transformer import VisionTransformer
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from umt.teacher import Teacher, build_visual, load_teacher
+from umt.models.teachers import Teacher, build_visual, load_teacher
 
 REF = Path(os.environ.get('UMT_REFERENCE_DIR', Path(__file__).parents[1]/'../shared/reference'))
 reference = pytest.mark.skipif(not REF.exists(), reason=f'no reference vectors at {REF}')

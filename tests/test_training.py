@@ -9,9 +9,13 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from training_worker import CONFIG, run
-from umt import training
-from umt.datasets import TooManyBadClips
-from umt.training import CheckpointError, NonfiniteError, learning_rate, override, stop_signals
+from umt.training import loop as training
+from umt.data.media import TooManyBadClips
+from umt.core.config import override
+from umt.core.runs import CheckpointError
+from umt.core.signals import stop_signals
+from umt.training.loop import NonfiniteError
+from umt.training.schedule import learning_rate
 
 WORKER = Path(__file__).with_name('training_worker.py')
 
@@ -155,8 +159,8 @@ def test_closed_stdout_does_not_end_the_run(tmp_path):
     assert len(metrics(tmp_path)) == 15 and (tmp_path / 'result.json').exists()
 
 def test_usage_names_the_module():
-    done = subprocess.run([sys.executable, '-m', 'umt.stage1', '--epoch', '3'], text=True, capture_output=True)
-    assert done.returncode == 2 and done.stderr.startswith('usage: python -m umt.stage1 ') and "did you mean '--epochs'?" in done.stderr
+    done = subprocess.run([sys.executable, '-m', 'umt.tasks.stage1', '--epoch', '3'], text=True, capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith('usage: python -m umt.tasks.stage1 ') and "did you mean '--epochs'?" in done.stderr
 
 def test_schedule_is_the_reference_s():
     config, per_epoch = override(CONFIG, batch_size=2048, lr=1.5e-4, min_lr=1e-5, warmup_lr=1e-6, epochs=200, warmup_epochs=40), 317

@@ -8,8 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from umt.video import (EmptyVideo, MissingVideo, NoVideoStream, TruncatedVideo, UnreadableVideo, VideoError,
-                       frame_indices, pretrain_transform, probe, read_frames, seeded)
+from umt.core.seeds import seeded
+from umt.data.sampling import frame_indices
+from umt.data.transforms import pretrain_transform
+from umt.data.video import (
+    EmptyVideo, MissingVideo, NoVideoStream, TruncatedVideo, UnreadableVideo, VideoError, probe, read_frames)
 
 try: from torchcodec.decoders import VideoDecoder
 except (ImportError, RuntimeError, OSError): VideoDecoder = None # not installed, or without FFmpeg's shared libraries

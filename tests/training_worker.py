@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from umt import training
-from umt.datasets import TooManyBadClips, sample_key
-from umt.training import TrainConfig, override, train
+from umt.training import loop as training
+from umt.core.seeds import sample_key
+from umt.data.media import TooManyBadClips
+from umt.core.config import TrainConfig, override
+from umt.training.loop import train
 
 CONFIG = TrainConfig(epochs=3, batch_size=16, micro_batch_size=8, lr=.16, min_lr=.01, warmup_epochs=1, clip_grad=1., log_every=4,
                      checkpoint_every=3)

@@ -1,8 +1,8 @@
-"A module that can be run, as `umt.stage1` can: the first process is slow to write what the next run of the job needs."
+"A module that can be run, as `umt.tasks.stage1` can: the first process is slow to write what the next run of the job needs."
 import json, os, time
 from pathlib import Path
 
-from umt.training import start_accelerator
+from umt.training.distributed import start_accelerator
 
 
 def main(argv):

@@ -1,8 +1,8 @@
-"A module that can be run (as `umt.stage1` can), which waits and writes down what it meets."
+"A module that can be run (as `umt.tasks.stage1` can), which waits and writes down what it meets."
 import json, time
 from pathlib import Path
 
-from umt.training import Preempted, stop_signals
+from umt.core.signals import Preempted, stop_signals
 
 
 def main(argv):

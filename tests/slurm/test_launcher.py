@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from cluster import state, wait_until
-from umt import experiments
-from umt.launchers import Job, cancel, follow, make_launcher, prepare, queue, queued_as
+from umt.experiments import runs as experiments
+from umt.experiments.jobs import Job, prepare
+from umt.experiments.launchers import follow, make_launcher
+from umt.experiments.slurm import cancel, queue, queued_as
 
 pytestmark = pytest.mark.timeout(900)
 OPTIONS = dict(minutes=30, seconds=1.)
