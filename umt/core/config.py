@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NUMERICS', 'FilePath', 'C', 'option', 'free', 'did_you_mean', 'coerce', 'is_section', 'Config', 'Leaf', 'leaves',
-           'path_fields', 'resolve_name', 'override', 'config_dict', 'read_config', 'config_changes', 'program_name',
-           'from_cli']
+           'path_fields', 'resolve_name', 'override', 'config_dict', 'read_config', 'config_changes', 'UsageError',
+           'program_name', 'from_cli']
 
 # %% ../../nbs/core/01_config.ipynb #abd8a11f
 import argparse, difflib, io, json, math, operator, re, sys
@@ -309,6 +309,19 @@ def _first_sentence(
     return ' '.join(filter(None, body)) or box.strip()
 
 # %% ../../nbs/core/01_config.ipynb #4f8b34eb
+class UsageError(SystemExit):
+    "A user's mistake: one line on standard error, exit code 2."
+    def __init__(self,
+        message: str, # the line
+        code: int = 2, # of the process
+        show: bool = True, # write the line now
+    ):
+        super().__init__(code)
+        self.message = message
+        if show: print(message, file=sys.stderr)
+
+    def __str__(self): return self.message
+
 def program_name() -> str | None: # None: as Python has it
     "What the program is called in messages: `umt stage1`, or `python -m umt.tasks.stage1`."
     module = getattr(sys.modules['__main__'], '__spec__', None) # set by `python -m`
@@ -327,7 +340,7 @@ def from_cli(
     first.add_argument('--config')
     first.add_argument('--dry-run', '--dry_run', action='store_true')
     given, rest = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    def fail(message): print(f'{prog}: error: {message}', file=sys.stderr), sys.exit(2)
+    def fail(message): raise UsageError(f'{prog}: error: {message}') from None
     if given.preset not in presets:
         fail(f'--preset {given.preset}: expected one of {", ".join(presets)}{did_you_mean(given.preset, presets)}')
     try:
