@@ -272,7 +272,9 @@ def validate(
     with undisturbed(s.network(), s.accelerator.device) as network: found = s.evaluator.run(network)
     found = gather_object([found])[0]
     value = found[s.evaluator.metric]
-    if s.log: s.log.write_evaluation(step, step / s.steps_per_epoch, s.evaluator.split, found)
+    figures = {name: number for name, number in found.items() if isinstance(number, float)}
+    record = dict(kind='eval', step=step, epoch=step / s.steps_per_epoch, split=s.evaluator.split)
+    if s.log: s.log.write(record | figures, list(figures))
     if s.config.validation.select == 'best' and (s.best is None or value > s.best['value']):
         s.best = dict(step=step, value=value, metric=s.evaluator.metric, split=s.evaluator.split)
         if s.accelerator.is_main_process:
