@@ -66,7 +66,7 @@ def die_with_parent():
 def worker_init(
     worker_id: int, # number of a data loader worker
 ):
-    "Prepare a loader worker (`worker_init_fn`): the signals of a batch system do not end it, the end of its parent does."
+    "Prepare a loader worker (`worker_init_fn`): a batch system's signals do not end it, the end of its parent does."
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
