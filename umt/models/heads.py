@@ -34,26 +34,34 @@ class Recognizer(nn.Module):
     def __init__(self,
         num_classes: int, # outputs
         init_scale: float = .001, # factor on the fresh classifier's weights
-        pool_grid: tuple[int, int, int] = (1, 1, 1), # cells over (time, rows, columns) that are averaged apart; see `pool_tokens`
+        pool_grid: tuple[int, int, int] = (1, 1, 1), # cells over (time, rows, columns), see `pool_tokens`
         **encoder, # arguments of `VideoTransformer`
     ):
         super().__init__()
         self.encoder = VideoTransformer(**encoder | dict(final_norm=False))
-        self.config = dict(num_classes=num_classes, init_scale=init_scale, pool_grid=tuple(pool_grid), **self.encoder.config)
+        readout = dict(num_classes=num_classes, init_scale=init_scale, pool_grid=tuple(pool_grid))
+        self.config = readout | self.encoder.config
         self.fc_norm = LayerNorm(self.config['embed_dim'])
         self.head = nn.Linear(prod(pool_grid) * self.config['embed_dim'], num_classes)
         nn.init.trunc_normal_(self.head.weight, std=.02 * init_scale, a=-2 * init_scale, b=2 * init_scale)
         nn.init.zeros_(self.head.bias)
 
-    def features(self,
+    def forward_features(self,
         video: torch.Tensor, # [B, 3, T, H, W]
-    ) -> torch.Tensor: # [B, cells * embed_dim]
-        return self.fc_norm(pool_tokens(self.encoder(video)[0], self.encoder.grid, self.config['pool_grid'])).flatten(1)
+    ) -> torch.Tensor: # tokens [B, N, embed_dim]
+        return self.encoder.forward_features(video)
+
+    def forward_head(self,
+        tokens: torch.Tensor, # [B, N, embed_dim] of `forward_features`
+        pre_logits: bool = False, # stop before the classifier
+    ) -> torch.Tensor: # logits [B, num_classes], or what the classifier reads: [B, cells * embed_dim]
+        pooled = self.fc_norm(pool_tokens(tokens, self.encoder.grid, self.config['pool_grid'])).flatten(1)
+        return pooled if pre_logits else self.head(pooled)
 
     def forward(self,
         video: torch.Tensor, # [B, 3, T, H, W]
     ) -> torch.Tensor: # logits [B, num_classes]
-        return self.head(self.features(video))
+        return self.forward_head(self.forward_features(video))
 
     def group_matcher(self, coarse=False):
         "For timm: patch embedding, then blocks, then (all that is not named) `fc_norm` and `head`"
@@ -63,7 +71,7 @@ class Recognizer(nn.Module):
 def recognizer_from(
     student: Student, # the pre-trained student
     num_classes: int, # outputs
-    **changes, # arguments of `Recognizer` and `VideoTransformer` that differ from the student's: frames, resolution, drop path, ...
+    **changes, # arguments of `Recognizer` and `VideoTransformer` that differ from the student's: frames, drop path, ...
 ) -> Recognizer: # with a copy of the student's encoder and a fresh classifier
     "A recogniser that starts from a student"
     config = student.encoder.config
@@ -77,27 +85,36 @@ def recognizer_from(
 class FrameRecognizer(nn.Module):
     "An image teacher as a recogniser: the projected tokens of every frame, pooled and classified as a `Recognizer`'s"
     def __init__(self,
-        teacher: Teacher, # its visual tower is trained; the teacher is not to be used as such any more
+        teacher: Teacher, # its network is trained, in float32; the teacher is not to be used as such any more
         num_classes: int, # outputs
-        pool_grid: tuple[int, int, int] = (1, 1, 1), # see `umt.models.heads.pool_tokens`
+        pool_grid: tuple[int, int, int] = (1, 1, 1), # see `pool_tokens`
     ):
         super().__init__()
-        self.visual, self.pool_grid = teacher.visual.requires_grad_(True), pool_grid
+        self.visual, self.pool_grid = teacher.visual.float().requires_grad_(True), pool_grid
         self.fc_norm = nn.LayerNorm(teacher.target_dim)
         self.head = nn.Linear(prod(pool_grid) * teacher.target_dim, num_classes)
 
-    def features(self, video):
-        "video [B, 3, T, H, W] -> [B, cells * C]"
+    def forward_features(self,
+        video: torch.Tensor, # [B, 3, T, H, W]
+    ) -> torch.Tensor: # projected tokens [B, T, rows * columns, C]
         x = embed_frames(self.visual, video.transpose(1, 2).flatten(0, 1))
         for block in self.visual.transformer.resblocks: x = block(x)
-        tokens = self.visual.ln_post(x[:, 1:]) @ self.visual.proj
-        grid = (video.shape[2], *self.visual.grid_size)
-        return self.fc_norm(pool_tokens(tokens.view(len(video), -1, tokens.shape[-1]), grid, self.pool_grid)).flatten(1)
+        return (self.visual.ln_post(x[:, 1:]) @ self.visual.proj).unflatten(0, (len(video), -1))
 
-    def forward(self, video):
-        "video [B, 3, T, H, W] -> logits [B, num_classes]"
-        return self.head(self.features(video))
+    def forward_head(self,
+        tokens: torch.Tensor, # [B, T, rows * columns, C] of `forward_features`
+        pre_logits: bool = False, # stop before the classifier
+    ) -> torch.Tensor: # logits [B, num_classes], or what the classifier reads: [B, cells * C]
+        grid = (tokens.shape[1], *self.visual.grid_size)
+        pooled = self.fc_norm(pool_tokens(tokens.flatten(1, 2), grid, self.pool_grid)).flatten(1)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self,
+        video: torch.Tensor, # [B, 3, T, H, W]
+    ) -> torch.Tensor: # logits [B, num_classes]
+        return self.forward_head(self.forward_features(video))
 
     def group_matcher(self, coarse=False):
         "For timm: patch embedding, then blocks, then (all that is not named) the readout"
-        return dict(stem=r'^visual\.(?:conv1|class_embedding|positional_embedding|ln_pre)', blocks=r'^visual\.transformer\.resblocks\.(\d+)')
+        stem = r'^visual\.(?:conv1|class_embedding|positional_embedding|ln_pre)'
+        return dict(stem=stem, blocks=r'^visual\.transformer\.resblocks\.(\d+)')

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/models/08_objectives.ipynb #e68d0c5f
-from .masking import mix, uniform
+from .masking import scramble_bits, uniform
 
 # %% ../../nbs/models/08_objectives.ipynb #a56f7806
 def num_processes(
@@ -102,7 +102,7 @@ def match_negatives(
     size = len(logits)
     group = torch.arange(size, device=logits.device) // (group_size or size)
     allowed = (sample_id[:, None] != sample_id) & (group[:, None] == group)
-    pair = mix(keys ^ 0x7061697273)[:, None] + keys
+    pair = scramble_bits(keys ^ 0x7061697273)[:, None] + keys
     gumbel = -(-uniform(pair.flatten(), 2).log()).log().view(size, size, 2)
     score = logits.double().masked_fill(~allowed, -torch.inf)[..., None] + gumbel
     return score[..., 0].argmax(0), score[..., 1].argmax(1), allowed.any(1)
