@@ -20,9 +20,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-# %% ../../nbs/models/01_weights.ipynb #123123b7
-from . import teachers as teacher
-
 # %% ../../nbs/models/01_weights.ipynb #ce905ac2
 def refuse_torchscript(
     path: str | Path, # a weights file
@@ -66,7 +63,7 @@ def read_state_dict(
 ) -> dict[str, torch.Tensor]: # the tensors, on the CPU
     "The state dict in a file, bare or under `model` or `module`. Raises WeightsError if there is none or the file is damaged"
     if Path(path).is_dir(): raise WeightsError(f'{path}: a folder, not a file of the reference; load_model reads our own')
-    try: return teacher.read_tensors(path)
+    try: return read_tensors(path)
     except ValueError as error: raise WeightsError(str(error)) from error
     except (RuntimeError, EOFError, SafetensorError) as error: raise WeightsError(f'{path}: damaged ({error})') from error
 
