@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPUTE_DTYPE', 'DeviceConfig', 'start_accelerator', 'split_batch', 'shard', 'distribute', 'compile_network',
-           'gradient_sync', 'unshared', 'snapshot', 'flat_state', 'load_flat_state', 'gather_rows']
+           'gradient_sync', 'unshared', 'flat_state', 'load_flat_state', 'gather_rows']
 
 # %% ../../nbs/training/01_distributed.ipynb #ed675a8a
 from contextlib import contextmanager, nullcontext
@@ -126,13 +126,6 @@ def unshared(
     for name, t in tensors.items(): owners.setdefault(t.untyped_storage().data_ptr(), name)
     return {name: t.contiguous() if owners[t.untyped_storage().data_ptr()] == name else t.clone() for name, t in tensors.items()}
 
-# %% ../../nbs/training/01_distributed.ipynb #ddec7d2f
-def snapshot(
-    tensors: dict[str, Tensor], # on any device
-) -> dict[str, Tensor]: # copies in host memory that training does not change any more
-    "Copies of tensors, to be written while training goes on."
-    return {name: t.detach().to('cpu', copy=True).contiguous() for name, t in tensors.items()}
-
 # %% ../../nbs/training/01_distributed.ipynb #d1ae95a1
 def flat_state(
     model: nn.Module, # as `distribute` returns it
@@ -141,7 +134,7 @@ def flat_state(
     "Gather the full state of model and optimizer; collective."
     weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     flat = {f'{name}.{kind}': value for name, state in moments.get('state', {}).items() for kind, value in state.items()}
-    return {'model': snapshot(weights), 'optimizer': snapshot(flat)}
+    return {'model': unshared(weights), 'optimizer': flat}
 
 # %% ../../nbs/training/01_distributed.ipynb #2a593287
 def load_flat_state(

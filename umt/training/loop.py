@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LoopConfig', 'ValidationConfig', 'TrainConfig', 'Evaluator', 'Session', 'restore', 'make_loader', 'open_session',
            'train_step', 'catch_up', 'log_step', 'undisturbed', 'validate', 'save_step', 'ledger', 'final_weights',
-           'finish', 'close_session', 'run_steps', 'train']
+           'finish', 'stop_here', 'run_steps', 'stored_config', 'train']
 
 # %% ../../nbs/training/03_loop.ipynb #8c2d0003
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 # %% ../../nbs/training/03_loop.ipynb #8c2d0005
-from ..core.config import Config, config_dict, free, option
+from ..core.config import NUMERICS, Config, config_dict, free, option, override
 from ..core.files import complete, file_hash, read_json, write_json
 from ..core.ledger import matmul_rate, peak_memory, power_draw, restart_peak_memory
 from ..core.log import MetricsLog, is_main_process, logger
@@ -36,7 +36,7 @@ from ..core.seeds import sample_key
 from ..core.signals import Preempted, stop_signals, worker_init
 from ..data.media import LoaderConfig, Quarantine, StepSampler, collate
 from .distributed import (
-    COMPUTE_DTYPE, DeviceConfig, compile_network, distribute, flat_state, load_flat_state, snapshot, split_batch, start_accelerator, unshared)
+    COMPUTE_DTYPE, DeviceConfig, compile_network, distribute, flat_state, load_flat_state, split_batch, start_accelerator, unshared)
 from .schedule import OptimizerConfig, learning_rate, weight_decay_at, weight_decay_groups
 from .step import Feed, Guard, Meter, NonfiniteError, accumulate_gradients, update
 
@@ -192,7 +192,7 @@ def open_session(
     if main and not start: (run/'quarantine.jsonl').unlink(missing_ok=True) # of an earlier attempt: its clips will be met again
     quarantine = Quarantine(run/'quarantine.jsonl' if main else None, len(dataset), config.loader.bad_clip_limit)
     quarantine.clips = gather_object([quarantine.clips])[0]
-    if main: record_start(run, start, accelerator)
+    if main: record_start(run, start, accelerator, NUMERICS)
     return Session(
         config, accelerator, wrapped, optimizer, scaler, loss_fn, Feed(loader, accelerator.device),
         meter=Meter(**state['meter']) if main else Meter(), guard=Guard(config.loop.max_nonfinite, state['skipped']),
@@ -279,7 +279,7 @@ def validate(
         s.best = dict(step=step, value=value, metric=s.evaluator.metric, split=s.evaluator.split)
         if s.accelerator.is_main_process:
             file = s.run/'best.safetensors'
-            with complete(file) as temporary: save_file(snapshot(network.state_dict()), temporary)
+            with complete(file) as temporary: save_file(unshared(network.state_dict()), temporary)
             s.best['sha256'] = file_hash(file)
     return found
 
@@ -291,7 +291,7 @@ def save_step(
     "Write a checkpoint, in the background; collective."
     catch_up(s)
     tensors = flat_state(s.model, s.optimizer)
-    if s.average: tensors['average'] = snapshot(s.average.module.state_dict())
+    if s.average: tensors['average'] = unshared(s.average.module.state_dict())
     state = dict(step=step, skipped=s.guard.skipped, seconds=s.seconds, meter=s.meter.state_dict(), scaler=s.scaler.state_dict(), best=s.best)
     if s.checkpoints: s.checkpoints.save(tensors, state)
 
@@ -344,13 +344,14 @@ def finish(
     return read_json(run/'result.json')
 
 # %% ../../nbs/training/03_loop.ipynb #8c2d0011
-def close_session(
-    s: Session, # at its end, good or bad
+def stop_here(
+    s: Session, # whose state has been handed to the writer
+    signals: list, # that this process received
 ):
-    "End the loader's workers, wait for the last checkpoint, close the files."
-    s.feed.close()
+    "Raise `Preempted` in all processes, when the checkpoint is on the disk; collective."
     if s.checkpoints: s.checkpoints.wait()
-    if s.log: s.log.close()
+    s.accelerator.wait_for_everyone()
+    raise Preempted(signals)
 
 def run_steps(
     s: Session, # of `open_session`
@@ -367,8 +368,17 @@ def run_steps(
         if done % loop.log_every == 0 or last: record = log_step(s, done)
         if every and (done % every == 0 or last): validate(s, done)
         if not last and (s.guard.stop or done % loop.checkpoint_every == 0): save_step(s, done)
-        if not last and s.guard.stop: raise Preempted(stop)
+        if not last and s.guard.stop: stop_here(s, stop)
     return record
+
+# %% ../../nbs/training/03_loop.ipynb #8c2d0015
+def stored_config(
+    config: TrainConfig, # of the same class
+    stored: dict, # a config.json, perhaps of an older version
+) -> dict: # with today's nested names
+    "A stored config, for a comparison with a new one; left alone if it cannot be understood."
+    try: return config_dict(override(config, stored))
+    except ValueError: return stored
 
 # %% ../../nbs/training/03_loop.ipynb #9e1df7d6
 def train(
@@ -390,7 +400,7 @@ def train(
     and ValueError if the config does not fit the run directory, the data set or the processes."""
     run, device_config = Path(config.run_dir), config.device
     with lock_run(run) if is_main_process() else nullcontext():
-        if result := open_run(run, config_dict(config, all_fields=False), config_dict(config), inputs):
+        if result := open_run(run, config_dict(config, all_fields=False), config_dict(config), inputs, partial(stored_config, config)):
             logger.info(f'{run}: finished before, at step {result["step"]}; nothing to do')
             model.load_state_dict(load_file(run/'model.safetensors'))
             return result
@@ -401,7 +411,9 @@ def train(
         peak = matmul_rate(device, dtype) if flops_per_sample else None
         groups = weight_decay_groups(model, config.optimizer.weight_decay) if param_groups is None else param_groups
         compile_network(model, device_config.compile)
-        with stop_signals() as stop, torch.random.fork_rng([device] if device.type == 'cuda' else []):
+        with stop_signals() as stop, torch.random.fork_rng([device] if device.type == 'cuda' else []), ExitStack() as closing:
             s = open_session(config, model, dataset, loss_fn, groups, accelerator, make_sampler, collate_fn, evaluator)
-            try: return finish(s, run_steps(s, stop), flops_per_sample, peak)
-            finally: close_session(s)
+            closing.callback(s.feed.close) # ends the loader's workers, whatever happens
+            if s.log: closing.callback(s.log.close)
+            if s.checkpoints: closing.enter_context(s.checkpoints) # waits for the last one
+            return finish(s, run_steps(s, stop), flops_per_sample, peak)
