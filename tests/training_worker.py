@@ -1,30 +1,40 @@
 """A tiny training job. Tests call `run` themselves, or start this file (plainly or with torchrun) with a JSON list of calls:
 `python training_worker.py '[{"folder": "/tmp/x", "kill_at": 7}, ...]'`. Each call writes `outcome-<rank>.json` into its folder."""
-import json, os, signal, sys
+import json
+import os
+import signal
+import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from umt.training import loop as training
+from umt.core import files
+from umt.core.config import override
 from umt.core.seeds import sample_key
+from umt.core.signals import Preempted
 from umt.data.media import TooManyBadClips
-from umt.core.config import TrainConfig, override
-from umt.training.loop import train
+from umt.training.loop import TrainConfig, train
+from umt.training.step import NonfiniteError
 
-CONFIG = TrainConfig(epochs=3, batch_size=16, micro_batch_size=8, lr=.16, min_lr=.01, warmup_epochs=1, clip_grad=1., log_every=4,
-                     checkpoint_every=3)
+CONFIG = override(
+    TrainConfig(), epochs=3, batch_size=16, micro_batch_size=8, lr=.16, min_lr=.01, warmup_epochs=1, clip_grad=1., log_every=4,
+    checkpoint_every=3)
 
 class Toy(Dataset):
     "80 noisy samples: 5 steps an epoch, 15 in all. The samples in `poison` are NaN, those in `broken` are reported as failures."
-    def __init__(self, poison=(), broken=()): self.poison, self.broken = poison, broken
+    def __init__(self, poison=(), broken=()):
+        self.poison, self.broken = poison, broken
+
     def __len__(self): return 80
+
     def __getitem__(self, position):
         epoch, index = position
         x = torch.randn(8, generator=torch.Generator().manual_seed(sample_key(0, epoch, index, 'frames')))
         if index in self.poison: x[:] = torch.nan
-        return {'x': x, 'y': x.sum(), 'sample_id': index, 'failures': [(index, f'{index}.mp4', 'broken')] if index in self.broken else []}
+        failures = [(index, f'{index}.mp4', 'broken')] if index in self.broken else []
+        return {'x': x, 'y': x.sum(), 'sample_id': index, 'failures': failures}
 
 class Net(nn.Module):
     def __init__(self, dropout):
@@ -46,21 +56,21 @@ def run(folder, dropout=.1, kill_at=None, kill_on_sync=None, term_at=None, term_
         if call == raise_at: raise InterruptedError
         error = model(batch['x']).float() - batch['y']
         return error.square().mean(), {'bias': error.mean()}
-    def deadly_sync(path, sync=training.sync_to_disk):
+    def deadly_sync(path, sync=files.sync_to_disk):
         if path.name == kill_on_sync: os.kill(os.getpid(), signal.SIGKILL)
         sync(path)
     torch.manual_seed(0)
-    model, keep = Net(dropout), training.sync_to_disk
-    training.sync_to_disk = deadly_sync
+    model, keep = Net(dropout), files.sync_to_disk
+    files.sync_to_disk = deadly_sync
     try: result = train(override(CONFIG, run_dir=str(folder), **changes), model, Toy(poison, broken), loss_fn)
-    finally: training.sync_to_disk = keep
+    finally: files.sync_to_disk = keep
     return model, result
 
 def outcome(call):
     "What a call comes to: its result, the message of an error that all processes share, or the code of a stop."
     try: return run(**call)[1]
-    except (training.NonfiniteError, TooManyBadClips) as error: return str(error).split(' (all of them in')[0].split(':\n')[0]
-    except training.Preempted as stop: return stop.code
+    except (NonfiniteError, TooManyBadClips) as error: return str(error).split(' (all of them in')[0].split(':\n')[0]
+    except Preempted as stop: return stop.code
 
 if __name__ == '__main__':
     for call in json.loads(sys.argv[1]):
