@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from configparser import ConfigParser
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -36,7 +37,8 @@ def name(path: Path) -> str:
 
 
 def read(path):
-    return nbformat.read(path, as_version=4)
+    "A notebook as it is on disk (`nbformat.read` would repair repeated cell ids)."
+    return nbformat.v4.reads(path.read_text())
 
 
 def code(nb):
@@ -117,8 +119,9 @@ def test_form_check_sees_faults():
     "The check itself fails where it should."
     cell = nbformat.v4.new_code_cell('#| slwo\n1', execution_count=3, metadata={'collapsed': True})
     wide, long = nbformat.v4.new_code_cell('x = ' + '1'*LINE), nbformat.v4.new_code_cell('#| export\n' + 'x = 1\n'*CELL)
-    twin = nbformat.v4.new_code_cell('1', id=cell.id)
-    found = problems(nbformat.v4.new_notebook(cells=[cell, wide, long, twin]))
+    nb = nbformat.v4.new_notebook(cells=[cell, wide, long])
+    nb.cells[1].id = nb.cells[2].id
+    found = problems(nb)
     for part in ('ids repeat', 'kernelspec', 'execution count', 'collapsed', "'slwo'", 'exported cell', 'line 1 has'):
         assert sum(part in f for f in found) == 1, part
     assert has_test('assert 1 == 1') and has_test('test_eq(1, 1)')
@@ -227,15 +230,26 @@ def in_scope(node):
             yield from in_scope(child)
 
 
+def unpacked(target, value) -> list[tuple]:
+    "`a, b = 1, time()` gives a clock to `b` alone; `a, b = f(time())` gives it to both."
+    if not isinstance(target, (ast.Tuple, ast.List)):
+        return [(target, value)]
+    values = getattr(value, 'elts', [])
+    if len(values) != len(target.elts):
+        values = [value]*len(target.elts)
+    return [pair for t, v in zip(target.elts, values) for pair in unpacked(t, v)]
+
+
 def clock_assertions(tree, names: frozenset = frozenset()) -> list[int]:
     "Lines of assertions that compare something with a clock, in this scope and below."
     names, own = set(names), list(in_scope(tree))
     assigned = [n for n in own if isinstance(n, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.NamedExpr)) and n.value]
+    pairs = [pair for n in assigned for target in getattr(n, 'targets', [getattr(n, 'target', None)])
+             for pair in unpacked(target, n.value)]
     for _ in range(3): # `start = time(); took = time() - start; worst = max(took)`
-        for n in assigned:
-            if reads_clock(n.value, names):
-                for target in getattr(n, 'targets', [getattr(n, 'target', None)]):
-                    names |= {t.id for t in ast.walk(target) if isinstance(t, ast.Name)}
+        for target, value in pairs:
+            if isinstance(target, ast.Name) and reads_clock(value, names):
+                names.add(target.id)
     found = []
     for n in own:
         if isinstance(n, ast.Assert):
@@ -253,6 +267,7 @@ def test_clock_check_sees_faults():
         assert len(clock_assertions(ast.parse(bad))) == 1, bad
     for good in ('t = time.time()\nwhile time.time() < t + 9: pass\nassert done',
                  'def a():\n    t = time.time()\ndef b(t):\n    assert t < 1',
+                 'n, t = len(x), time.time()\nassert n > 3',
                  'assert result.time < 3', 'print(time.time())\nassert seconds(3) == 3'):
         assert clock_assertions(ast.parse(good)) == [], good
 
@@ -416,7 +431,7 @@ UNSEEN = { # installed, though no file imports it and no target calls it
 
 
 def imported(source: str) -> dict[str, bool]:
-    "Packages that a file imports (or asks for by `need('name', 'extra')`): is one of the imports outside of functions?"
+    "Packages that a file imports or asks for by `need('name', 'extra')`: is one of the imports outside of functions?"
     found = {}
 
     def visit(node, inside):
@@ -425,7 +440,7 @@ def imported(source: str) -> dict[str, bool]:
             names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names = [node.module]
-        elif called(node) in ('need', 'find_spec', 'importorskip'):
+        elif called(node) in ('need', 'importorskip'):
             names = [a.value for a in node.args[:1] if isinstance(a, ast.Constant)]
         for top in (n.split('.')[0] for n in names):
             found[top] = found.get(top, False) or not inside
@@ -436,10 +451,14 @@ def imported(source: str) -> dict[str, bool]:
     return {n: outside for n, outside in found.items() if n not in sys.stdlib_module_names and n != 'umt'}
 
 
+@cache
+def installed() -> dict[str, list[str]]:
+    return importlib.metadata.packages_distributions()
+
+
 def provider(top: str) -> set[str]:
     "The packages that an imported name may come from."
-    known = importlib.metadata.packages_distributions().get(top, [top])
-    return {d.lower().replace('_', '-') for d in known}
+    return {d.lower().replace('_', '-') for d in installed().get(top, [top])}
 
 
 def test_what_the_library_imports_is_required_or_an_extra():
@@ -454,7 +473,7 @@ def test_what_the_library_imports_is_required_or_an_extra():
 
 def test_extras_are_named_rightly():
     "`need('submitit', 'slurm')`: the package is in that extra."
-    calls = [c for p in modules for c in re.findall(r"\bneed\('([\w.]+)', '(\w+)'\)", p.read_text())]
+    calls = [c for p in modules for c in re.findall(r'''\bneed\(["']([\w.]+)["'], ["'](\w+)["']\)''', p.read_text())]
     for package, extra in calls:
         inside = EXTRAS.get(extra, set())
         assert provider(package.split('.')[0]) & inside, f'{package} is not in the extra {extra!r} of settings.ini'
