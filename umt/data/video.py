@@ -15,6 +15,9 @@ import av
 import numpy as np
 import torch
 
+# %% ../../nbs/data/00_video.ipynb #extras-import
+from ..core.extras import need
+
 # %% ../../nbs/data/00_video.ipynb #75a4046e
 class VideoError(RuntimeError):
     "A file that cannot be read as a video: `path` names it, `reason` says why"
@@ -138,7 +141,7 @@ def _pyav(info, indices, num_threads):
 
 # %% ../../nbs/data/00_video.ipynb #f8261540
 def _torchcodec(info, indices, num_threads):
-    from torchcodec.decoders import VideoDecoder
+    VideoDecoder = need('torchcodec.decoders', 'torchcodec').VideoDecoder
     try:
         decoder = VideoDecoder(info.path, num_ffmpeg_threads=num_threads)
         _check_count(info, 'torchcodec', len(decoder))

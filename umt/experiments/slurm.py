@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # %% ../../nbs/experiments/02_slurm.ipynb #2d7f24bd
+from ..core.extras import need
 from ..core.files import write_json
 from ..core.signals import Preempted
 from .jobs import Job, execute
@@ -89,8 +90,7 @@ def submit_array(
     options: dict, # of `slurm_options`
 ) -> dict[Job, str]: # job -> job id
     "Submit jobs as one array, and note in `slurm.json` which they are."
-    import submitit
-    executor = submitit.SlurmExecutor(jobs[0].home.parent/'slurm')
+    executor = need('submitit', 'slurm').SlurmExecutor(jobs[0].home.parent/'slurm')
     executor.update_parameters(job_name='umt', **options)
     with executor.batch(): handles = [executor.submit(SlurmTask(tuple(map(str, job.remaining)))) for job in jobs]
     for job, handle in zip(jobs, handles):

