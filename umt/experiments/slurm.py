@@ -18,6 +18,7 @@ from uuid import uuid4
 
 # %% ../../nbs/experiments/02_slurm.ipynb #2d7f24bd
 from ..core.config import did_you_mean
+from ..core.extras import need
 from ..core.files import write_json
 from ..core.signals import Preempted
 from .jobs import Job, execute
@@ -223,11 +224,10 @@ def submit_array(
     options: dict, # of `slurm_options`
 ) -> dict[Job, str]: # job -> job id
     "Submit jobs as one array, and note in `slurm.json` which they are. ValueError for a folder that SLURM misreads."
-    import submitit
     for job in jobs: check_folder(job.home)
     name = f'umt-{uuid4().hex[:12]}'
     for i, job in enumerate(jobs): write_json(job.home/'slurm.json', dict(name=name, index=i, of=len(jobs)))
-    executor = submitit.SlurmExecutor(jobs[0].home.parent/'slurm')
+    executor = need('submitit', 'slurm').SlurmExecutor(jobs[0].home.parent/'slurm')
     executor.update_parameters(job_name=name, **options)
     tasks = [SlurmTask(tuple(map(str, job.remaining))) for job in jobs]
     with without_inherited([*options, *options['additional_parameters']]), executor.batch():
