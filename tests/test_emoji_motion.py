@@ -28,7 +28,7 @@ def test_same_bytes_from_worker_processes(made, tmp_path):
 
 def test_killed_run_is_finished(made, tmp_path):
     root = tmp_path / 'cut'
-    call = f'from umt.emoji_motion import generate; generate({str(root)!r}, dict(train=24, val=8), num_workers=0)'
+    call = f'from umt.data.emoji_motion import generate; generate({str(root)!r}, dict(train=24, val=8), num_workers=0)'
     process = subprocess.Popen([sys.executable, '-c', call])
     while len(list(root.glob('videos/*/*.mp4'))) < 4 and process.poll() is None: time.sleep(.005)
     process.send_signal(signal.SIGKILL)
@@ -39,7 +39,7 @@ def test_killed_run_is_finished(made, tmp_path):
 
 
 def test_two_processes_share_a_root(made, tmp_path):
-    call = f'from umt.emoji_motion import generate; generate({str(tmp_path / "both")!r}, dict(train=24, val=8), num_workers=0)'
+    call = f'from umt.data.emoji_motion import generate; generate({str(tmp_path / "both")!r}, dict(train=24, val=8), num_workers=0)'
     with ThreadPoolExecutor() as pool: list(pool.map(lambda _: subprocess.run([sys.executable, '-c', call], check=True), range(2)))
     assert contents(tmp_path / 'both') == contents(made)
 

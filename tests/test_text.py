@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from umt.models.weights import read_state_dict
-from umt.models.text import TextModel, Tokenizer, clean_text, load_text
+from umt.data.captions import clean_text
+from umt.models.text import TextModel, Tokenizer, load_text
 
 REFERENCE = Path(os.environ.get('UMT_REFERENCE_DIR', Path(__file__).parents[2]/'shared'/'reference'))/'tiny_a'
 close = dict(rtol=1e-4, atol=1e-5)  # the tolerance that the reference vectors are given with

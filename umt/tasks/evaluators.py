@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 # %% ../../nbs/tasks/01_evaluators.ipynb #ae8c03b5
 from ..core.config import TrainConfig, free
 from ..core.files import complete, write_json
-from ..data.annotations import existing, read_annotations
+from ..data.annotations import existing_clips, read_annotations
 from ..data.augmentation import crop_views, finetune_transform
 from ..data.media import DataError, EvalSampler, VideoDataset, collate
 from ..data.sampling import frame_indices
@@ -81,7 +81,7 @@ def read_list(
     path, classes = Path(config.data_root)/file, Path(config.data_root)/config.classes if config.classes else classes
     every, names = read_annotations(config.annotations, path, config.data_root, classes, config.layout)
     if names and len(names) != config.num_classes: raise ValueError(f'{path}: {len(names)} class names, but num_classes is {config.num_classes}; see `classes`')
-    manifest, lost = existing(every)
+    manifest, lost = existing_clips(every)
     if lost and (config.missing == 'error' or not len(manifest)):
         listed = '\n'.join(f'  {name}' for name in lost[:50])
         raise FileNotFoundError(f'{path}: {len(lost)} of {len(every)} clips are not in {config.data_root} (missing=drop leaves them out):\n{listed}')

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from ..core.config import config_dict, from_cli, read_config
 from ..core.files import complete, write_json
 from ..core.log import quiet_beside_main
-from ..data.galleries import Gallery, describe, existing_videos, read_gallery
+from ..data.galleries import Gallery, describe_gallery, existing_videos, read_gallery
 from ..models.multimodal import Multimodal
 from ..models.published import load_model, load_multimodal
 from ..models.text import Tokenizer
@@ -110,7 +110,7 @@ def zero_shot(
     run, main = Path(config.run_dir), os.environ.get('RANK', '0') == '0'
     with quiet_beside_main():
         gallery, dropped = test_set(config)
-        print(describe(gallery, config.annotations, Tokenizer(config.tokenizer, config.sep), config.max_length))
+        print(describe_gallery(gallery, config.annotations, Tokenizer(config.tokenizer, config.sep), config.max_length))
         if dropped: print(f'{dropped:,} videos are missing')
         model = load_start(config)
     if main:
@@ -143,7 +143,7 @@ def dry_run(
     "Say what would be evaluated, without a model."
     try: gallery, dropped = test_set(replace(config, missing='drop'))
     except FileNotFoundError as error: about = f'{error.filename}: not there' if error.filename else str(error)
-    else: about = f'{describe(gallery, config.annotations)}\n{dropped:,} videos are missing'
+    else: about = f'{describe_gallery(gallery, config.annotations)}\n{dropped:,} videos are missing'
     return f'{config}\n\n{about}'
 
 # %% ../../nbs/tasks/06_retrieval.ipynb #c620204a
