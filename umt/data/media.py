@@ -146,13 +146,6 @@ class Quarantine:
             where = f' (all of them in {self.path})' if self.path else ''
             raise TooManyBadClips(f'{counts}{where}:\n{list_failures(self.clips.values())}')
 
-# %% ../../nbs/data/07_media.ipynb #624fd110
-@dataclass(frozen=True, kw_only=True)
-class LoaderConfig(Config):
-    "How clips are read."
-    num_workers: int = free(0, at_least=0) # data loader processes per training process
-    bad_clip_limit: float = free(.01, at_least=0, at_most=1) # stop when a larger share of the samples cannot be read
-
 # %% ../../nbs/data/07_media.ipynb #b194a1f6
 class StepSampler(Sampler):
     "Lists of (epoch, index), one per micro-batch of this process, from `start_step` to the end of the run"

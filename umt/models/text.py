@@ -10,7 +10,6 @@ __all__ = ['MINILM', 'BERT_FIELDS', 'FUSION_LAYER', 'bert_folder', 'Tokenizer', 
 import re
 from contextlib import contextmanager
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Sequence
 
