@@ -15,7 +15,8 @@ from umt.core.config import override
 from umt.core.seeds import sample_key
 from umt.core.signals import Preempted
 from umt.data.media import TooManyBadClips
-from umt.training.loop import TrainConfig, train
+from umt.training.loop import train
+from umt.training.session import TrainConfig
 from umt.training.step import NonfiniteError
 
 CONFIG = override(
