@@ -18,6 +18,7 @@ from umt.models.objectives import match_negatives, mlm_loss, similarity, vtc_los
 from umt.models.targets import uta_loss
 from umt.tasks.ranking import config_for, gallery_metrics, score_gallery
 from umt.models.backbone import position_table
+from umt.models.masking import visible_from_mask
 from umt.models.heads import Recognizer
 from umt.models.student import SIZES, Student
 from umt.models.teachers import Teacher, open_clip_visual
@@ -39,11 +40,22 @@ def sizes(folder):
     return dict(image_size=student['image_size'], num_frames=student['frames'], num_heads=student['heads'])
 
 
+def clip_options(folder, config='config.json'):
+    "What a file of the teacher does not say about itself."
+    teacher = json.loads((folder/config).read_text())['teacher']
+    return dict(num_heads=teacher['heads'], activation=teacher['activation'])
+
+
+def shown(mask):
+    "A recorded mask, as the teacher asks for it."
+    return lambda attention: visible_from_mask(mask)
+
+
 def test_stage1(tiny):
     "Student tokens, loss and every recorded gradient"
     io = load_file(tiny/'stage1_io.safetensors')
     student = load_student(tiny/'stage1_student.pth', **sizes(tiny)).eval()
-    tokens = student(io['video'], io['mask'])
+    tokens = student(io['video'], visible_from_mask(io['mask']))
     assert_close(tokens, io['student_tokens'], **close)
     visible = (~io['mask']).nonzero()[:, 1].view(1, len(io['mask']), -1, 1)
     loss = uta_loss(tokens, io['teacher_tokens'].take_along_dim(visible, 2))
@@ -59,8 +71,10 @@ def test_end_to_end(tiny):
     "The same loss with our teacher in place of the recorded one"
     io = load_file(tiny/'stage1_io.safetensors')
     student = load_student(tiny/'stage1_student.pth', **sizes(tiny)).eval()
-    teacher = load_teacher(tiny/'clip_visual.pth', aligned_layers=student.config['aligned_layers'])
-    assert_close(uta_loss(student(io['video'], io['mask']), teacher(io['video'], io['mask']).tokens)[None], io['loss'], **close)
+    layers = student.config['aligned_layers']
+    teacher = load_teacher(tiny/'clip_visual.pth', aligned_layers=layers, **clip_options(tiny))
+    target = teacher(io['video'], shown(io['mask']))
+    assert_close(uta_loss(student(io['video'], target.visible), target.tokens)[None], io['loss'], **close)
 
 
 def test_recognition(tiny):
@@ -136,22 +150,23 @@ def test_stage1_files_are_known_by_their_keys(tiny):
 
 def test_teacher_report(tiny, tmp_path, capsys):
     "Strict, like the others"
-    layers, state = sizes(tiny), read_state_dict(tiny/'clip_visual.pth')
-    teacher = load_teacher(tiny/'clip_visual.pth', aligned_layers=2)
+    layers, state, options = sizes(tiny), read_state_dict(tiny/'clip_visual.pth'), clip_options(tiny)
+    teacher = load_teacher(tiny/'clip_visual.pth', aligned_layers=2, **options)
     assert f'loaded        {len(state):3}' in capsys.readouterr().out
     patch = teacher.visual.patch_size[0]
-    assert load_teacher(tiny/'clip_visual.pth', image_size=3 * patch, aligned_layers=2).grid == 3
+    assert load_teacher(tiny/'clip_visual.pth', image_size=3 * patch, aligned_layers=2, **options).grid == 3
     assert f'interpolated    1  positional_embedding {(layers["image_size"] // 16)**2} -> 9 patches' in capsys.readouterr().out
     name = next(k for k in state if k.endswith('ln_post.bias'))
     torch.save({k: v for k, v in state.items() if k != name}, tmp_path/'clip.pth')
-    with pytest.raises(WeightsError, match='ln_post.bias'): load_teacher(tmp_path/'clip.pth')
+    with pytest.raises(WeightsError, match='ln_post.bias'): load_teacher(tmp_path/'clip.pth', **options)
     torch.save(state | {name.replace('ln_post', 'ln_extra'): state[name]}, tmp_path/'clip.pth')
-    with pytest.raises(WeightsError, match='ln_extra.bias'): load_teacher(tmp_path/'clip.pth')
+    with pytest.raises(WeightsError, match='ln_extra.bias'): load_teacher(tmp_path/'clip.pth', **options)
 
 
 # Stage 2 and retrieval: one recorded model (tiny_a)
 
 TINY = dict(image_size=64, num_frames=4, num_heads=2, text_heads=2)
+CLIP_HEADS = 1
 
 
 @pytest.fixture(scope='module')
@@ -175,8 +190,8 @@ def recorded(stage2):
 def test_stage2_video_side(stage2, multimodal, recorded, medium):
     "Tokens, poolings, aligned tokens, the targets of the teacher in the file, and the loss between them"
     io = {name.removeprefix(f'{medium}_'): tensor for name, tensor in recorded.items() if name.startswith(f'{medium}_')}
-    whole, seen = multimodal.encode_video(recorded[medium]), multimodal.encode_video(recorded[medium], io['mask'])
-    target = load_teacher(stage2, aligned_layers=3)(recorded[medium], io['mask']).tokens
+    whole, seen = multimodal.encode_video(recorded[medium]), multimodal.encode_video(recorded[medium], visible_from_mask(io['mask']))
+    target = load_teacher(stage2, aligned_layers=3, num_heads=CLIP_HEADS)(recorded[medium], shown(io['mask'])).tokens
     found = dict(tokens=whole.tokens, pooled=whole.pooled, visible_tokens=seen.tokens, visible_pooled=seen.pooled, aligned=seen.aligned,
                  target=target, uta_loss=uta_loss(seen.aligned, target)[None])
     assert found.keys() | {'mask'} == io.keys() and whole.aligned is None
@@ -189,7 +204,7 @@ def test_stage2_video_side(stage2, multimodal, recorded, medium):
 def test_stage2_text_side(multimodal, recorded):
     "What the texts become; how they compare with, match, and are guessed from the visible tokens of the videos"
     io, attention_mask = recorded, recorded['attention_mask']
-    hidden, seen = multimodal.encode_text(io['input_ids'], attention_mask), multimodal.encode_video(io['video'], io['video_mask'])
+    hidden, seen = multimodal.encode_text(io['input_ids'], attention_mask), multimodal.encode_video(io['video'], visible_from_mask(io['video_mask']))
     video, text = multimodal.embed_video(seen.pooled), multimodal.embed_text(hidden)
     assert_close(hidden, io['text_tokens'], **close)
     assert_close(hidden[:, 0], io['text_pooled'], **close)
@@ -210,8 +225,8 @@ def test_stage2_step(stage2, multimodal, recorded):
     places = (labels != -100).nonzero()[:, 0]
     batch = dict(video=io['video'], input_ids=io['input_ids'], attention_mask=io['attention_mask'], sample_id=io['sample_id'], key=torch.arange(6),
                  mlm_ids=io['mlm_input_ids'], mlm_positions=places, mlm_labels=labels[places])
-    target = load_teacher(stage2, aligned_layers=3)(io['video'], io['video_mask']).tokens
-    losses = multimodal(batch, dict(uta=1., vtc=1., vtm=1., mlm=1.), io['video_mask'], 16, target)
+    target = load_teacher(stage2, aligned_layers=3, num_heads=CLIP_HEADS)(io['video'], shown(io['video_mask']))
+    losses = multimodal(batch, dict(uta=1., vtc=1., vtm=1., mlm=1.), target.visible, target.tokens)
     for ours, theirs in dict(uta='video_uta_loss', vtc='vtc_loss', mlm='mlm_loss').items(): assert_close(losses[ours][None], io[theirs], **close)
     pair, each = -io['match_logits'].log_softmax(-1), torch.arange(6)  # [video, text, class]
     video, text, exists = match_negatives(io['similarity_v2t'], io['sample_id'], batch['key'])
@@ -245,7 +260,7 @@ def test_retrieval(stage2, multimodal, tmp_path):
 
 def test_stage2_round_trip(stage2, multimodal, tmp_path):
     "Published -> ours -> our format -> published, teacher included or not: every tensor, name, shape and type, to the bit"
-    expected, clip = read_state_dict(stage2), load_teacher(stage2, aligned_layers=3)
+    expected, clip = read_state_dict(stage2), load_teacher(stage2, aligned_layers=3, num_heads=CLIP_HEADS)
     save_model(multimodal, tmp_path/'ours')
     save_published(load_model(tmp_path/'ours'), tmp_path/'alone.pth')
     save_published(load_model(tmp_path/'ours'), tmp_path/'both.pth', clip)
@@ -333,7 +348,7 @@ def test_training_files(stage2, multimodal, tmp_path, monkeypatch):
         torch.save(checkpoint | dict(config=module.Other()), tmp_path/'other.pth')
     loaded = load_multimodal(tmp_path/'ckpt_09.pth', **TINY).state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in multimodal.state_dict().items())
-    assert load_teacher(tmp_path/'ckpt_09.pth').target_dim == 32
+    assert load_teacher(tmp_path/'ckpt_09.pth', num_heads=CLIP_HEADS).target_dim == 32
     with pytest.raises(WeightsError, match=r'would run code \(utils.easydict.Other\)'): load_multimodal(tmp_path/'other.pth', **TINY)
 
 
@@ -368,12 +383,12 @@ def mask():
 @torch.no_grad()
 def test_golden_stage1(clip, mask):
     "Student, teacher and loss of B/16 at full size"
-    student = golden(Student(**SIZES['base']))(clip, mask)
+    student = golden(Student(**SIZES['base']))(clip, visible_from_mask(mask))
     assert_close(student[0, 0, 0, :4], torch.tensor([-.014734, .083953, .023323, .052353]), rtol=0, atol=1e-5)
     assert_close(student.abs().mean().item(), .03529195, rtol=0, atol=1e-6)
     visual = open_clip_visual('ViT-B-16-quickgelu', 'random')
     fill(dict(visual.named_parameters()))
-    teacher = Teacher(visual, aligned_layers=6)(clip, mask)
+    teacher = Teacher(visual, aligned_layers=6)(clip, shown(mask))
     assert_close(uta_loss(student, teacher.tokens).item(), 2.0025079, rtol=0, atol=1e-5)
     per_layer = torch.stack([uta_loss(s[None], t[None]) for s, t in zip(student, teacher.tokens)])
     assert_close(per_layer, torch.tensor([2.000072, 2.014096, 1.997691, 1.991774, 1.989117, 2.022295]), rtol=0, atol=1e-5)

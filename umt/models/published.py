@@ -269,7 +269,7 @@ def load_teacher(
     path: str | Path, # a weights file; or what else `umt.models.teachers.load_teacher` takes
     image_size: int | None = None, # pixels; None = as trained
     aligned_layers: int | None = None, # K; None = 6, or as many as there are
-    **options, # of `umt.models.teachers.load_teacher`: `input_statistics`, `pretrained`, `dtype`
+    **options, # of `umt.models.teachers.load_teacher`: `num_heads`, `activation`, `input_statistics`, `pretrained`, `dtype`
 ) -> teacher.Teacher: # on the CPU, frozen, in eval mode
     "A CLIP as teacher; prints a LoadReport for a file. Raises WeightsError unless every tensor of its visual half is accounted for"
     if not Path(path).is_file(): return teacher.load_teacher(path, image_size, aligned_layers, **options)

@@ -6,16 +6,18 @@
 __all__ = ['PUBLISHED_HEADS', 'ACTIVATIONS', 'NANO', 'NANO_OPTIONS', 'read_visual', 'heads_of', 'build_visual',
            'resize_frame_positions', 'split_heads', 'FrameBlock', 'own_blocks', 'TeacherOutput', 'frame_rows',
            'embed_frames', 'visible_rows', 'aligned_tokens', 'prepare_frames', 'clip_statistics', 'in_dtype',
-           'no_autocast', 'Teacher', 'activation_for', 'open_clip_visual', 'file_visual', 'load_teacher']
+           'no_autocast', 'Teacher', 'activation_for', 'open_clip_visual', 'file_visual', 'load_teacher',
+           'TeacherConfig', 'build_teacher']
 
 # %% ../../nbs/models/03_teachers.ipynb #ea396def
 import logging, math
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 # %% ../../nbs/models/03_teachers.ipynb #9a9a6d3c
 import open_clip
@@ -25,6 +27,7 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTrans
 from torch import Tensor, nn
 
 # %% ../../nbs/models/03_teachers.ipynb #ff8f5744
+from ..core.config import Config, FilePath, option
 from ..data.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from .backbone import gather_rows
 from .masking import EvenVisible, Visible, no_mask
@@ -287,7 +290,8 @@ class Teacher(nn.Module):
             raise ValueError(f"input_statistics={input_statistics!r}: 'imagenet' or 'clip' expected")
         self.visual = own_blocks(in_dtype(visual, dtype)).eval().requires_grad_(False)
         self.aligned_layers, self.input_statistics, self.dtype = aligned_layers, input_statistics, dtype
-        self.image_size, self.grid, self.target_dim = visual.image_size[0], visual.grid_size[0], visual.output_dim
+        self.image_size, self.patch_size = visual.image_size[0], visual.patch_size[0]
+        self.grid, self.target_dim = visual.grid_size[0], visual.output_dim
         for name, value in zip(('scale', 'shift'), clip_statistics()): self.register_buffer(name, value, persistent=False)
 
     def train(self, mode: bool = True): return super().train(False) # frozen for good
@@ -411,3 +415,24 @@ def load_teacher(
         visual.positional_embedding = nn.Parameter(resize_frame_positions(visual.positional_embedding.data, grid))
         visual.image_size, visual.grid_size = (image_size, image_size), (grid, grid)
     return Teacher(visual, aligned_layers or min(6, visual.transformer.layers), input_statistics, dtype)
+
+# %% ../../nbs/models/03_teachers.ipynb #8d35e5fd
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(Config):
+    "The frozen network that gives targets and attention."
+    name: FilePath = option('ViT-B-16-quickgelu', was='teacher') # 'nano' (shipped), an open_clip model, or a weights file
+    weights: FilePath | None = option('openai', was='teacher_weights') # for an open_clip model: its tag or a local file
+    image_size: int = option(224, was='teacher_image_size', at_least=1) # such that the teacher's grid is the student's
+    input_statistics: Literal['imagenet', 'clip'] = 'imagenet' # the teacher's input: as published, or as CLIP was trained
+    num_heads: int | None = option(None, was='teacher_heads', at_least=1) # for a file whose width is not a published CLIP's
+    activation: Literal['quick_gelu', 'gelu'] | None = None # for a file: what it was trained with
+    compile: Literal['none', 'blocks', 'full'] = option('none', was='teacher_compile') # torch.compile its blocks, or all
+
+def build_teacher(
+    config: TeacherConfig, # which one
+    aligned_layers: int, # K
+    dtype: torch.dtype = torch.float32, # of weights and computation
+) -> Teacher: # on the CPU, frozen, not compiled
+    "The teacher of a run; raises as `load_teacher`"
+    return load_teacher(config.name, config.image_size, aligned_layers, config.input_statistics, config.weights, dtype,
+                        config.num_heads, config.activation)

@@ -184,10 +184,11 @@ def predict(
     sampler = EvalSampler(len(dataset), max(1, config.eval_batch_size // prod(dataset.views)), rank, world)
     rows, failures, dtype = [], [], COMPUTE_DTYPE[config.precision]
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=config.num_workers, collate_fn=collate, pin_memory=device.type == 'cuda')
+    read = (lambda video: model.forward_head(model.forward_features(video), pre_logits=True)) if features else model
     for batch in tqdm(loader, 'features' if features else 'evaluation', disable=rank > 0 or not sys.stderr.isatty()):
         failures += batch['failures']
         video = batch['video'].to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32): out = (model.features if features else model)(video.flatten(0, 1))
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32): out = read(video.flatten(0, 1))
         rows.append(out.float().cpu().unflatten(0, video.shape[:2]))
     model.train(was_training)
     check_failures(failures, len(dataset))

@@ -29,10 +29,10 @@ from ..data.media import EvalSampler, VideoDataset, collate
 from ..data.sampling import check_sampling
 from ..data.tables import read_manifest
 from ..data.transforms import denormalize, normalize_video, pretrain_transform
-from ..models.masking import MaskConfig, Visible, make_mask, num_visible
+from ..models.masking import MaskConfig, make_mask
 from ..models.student import SIZES, Student, StudentConfig
 from ..models.targets import AlignmentConfig, uta_loss
-from ..models.teachers import Teacher, TeacherConfig, TeacherOutput, load_teacher
+from ..models.teachers import Teacher, TeacherConfig, TeacherOutput, build_teacher
 from .task import Parts, Task, dry_run as plan, main as run_command, run
 from ..training.distributed import COMPUTE_DTYPE, compile_network, gather_rows, start_accelerator
 from ..training.loop import Evaluator, TrainConfig
@@ -129,9 +129,7 @@ def build_models(
 ) -> tuple[Teacher, Student]: # frozen teacher and fresh student, on the CPU
     "Load the teacher, make a student that fits it. Raises ValueError where their grids differ."
     clips, wanted, layers = config.data, config.student, config.alignment.aligned_layers
-    teacher = load_teacher(
-        config.teacher.name, config.teacher.image_size, layers, config.teacher.input_statistics, config.teacher.weights,
-        COMPUTE_DTYPE[config.device.precision])
+    teacher = build_teacher(config.teacher, layers, COMPUTE_DTYPE[config.device.precision])
     with seeded(config.seed):
         student = Student(
             layers, teacher.target_dim, drop_path=wanted.drop_path, attention=wanted.attention, checkpoint_blocks=wanted.checkpoint_blocks,
@@ -218,9 +216,8 @@ def flops_per_clip(
     teacher, student = (deepcopy(m).to('meta') for m in (teacher, student))
     clips, frames = config.data, config.data.num_frames // config.student.tubelet_size
     video = torch.empty(1, 3, clips.num_frames, clips.image_size, clips.image_size, device='meta')
-    count = num_visible(config.mask.kind, frames, teacher.grid**2, config.mask.ratio)
-    index = torch.empty(1, count, dtype=torch.int64, device='meta')
-    visible = Visible(index, torch.empty(1, frames * teacher.grid**2, dtype=torch.bool, device='meta'))
+    attention, key = torch.empty(frames, teacher.grid**2, device='meta'), torch.empty(1, dtype=torch.int64, device='meta')
+    visible = make_mask(config.mask.kind, attention, config.mask.ratio, key)
     counts = {'teacher': count_flops(lambda: teacher(video[:, :, ::config.student.tubelet_size], lambda attention: visible)),
               'student_forward': count_flops(lambda: student(video, visible)),
               'student': count_flops(lambda: student(video, visible).sum().backward())}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['B16', 'L16', 'PUBLISHED', 'NANO_EMOJI', 'PRESETS', 'NEW', 'BERT_SIZES', 'PairConfig', 'Stage2Config', 'whole_batch',
            'unmasked', 'make_data', 'build_dataset', 'collate', 'loss_weights', 'load_start', 'model_from',
-           'build_models', 'Seen', 'look', 'objective', 'param_groups', 'flops_per_pair', 'outline', 'dry_run',
+           'build_models', 'Targets', 'look', 'objective', 'param_groups', 'flops_per_pair', 'outline', 'dry_run',
            'pretrain', 'main']
 
 # %% ../../nbs/tasks/04_stage2.ipynb #423ae4c0
@@ -24,7 +24,7 @@ from ..data import emoji_motion
 from ..data.corpora import build_corpora, find_corpora
 from ..models.published import load_model, load_published, save_config
 from ..data.media import DataError
-from ..models.masking import make_mask, num_visible
+from ..models.masking import Visible, make_mask
 from ..models.multimodal import LOSSES, Multimodal, freeze_unused, multimodal_from
 from ..models.objectives import mask_captions
 from ..data.pairs import MixedSampler, PairDataset, collate_pairs, pair_transform
@@ -219,10 +219,9 @@ def build_models(
     return teacher, model
 
 # %% ../../nbs/tasks/04_stage2.ipynb #a88b26ef
-class Seen(NamedTuple):
+class Targets(NamedTuple):
     "The teacher's part of a step."
-    mask: Tensor | None # bool [B, N], True = masked; None: everything is visible, and nothing is aligned
-    num_visible: int | None # tokens per sample
+    visible: Visible | None # None: everything is visible, and nothing is aligned
     target: Tensor | None # unit tokens [K, B, visible, C]
 
 def look(
@@ -230,16 +229,15 @@ def look(
     teacher: Teacher | None, # on the batch's device
     num_patches: int, # per frame
     batch: dict, # video [B, 3, T, H, W], key int64 [B]
-) -> Seen:
+) -> Targets:
     "Draw the mask, and ask the teacher for what the student is to be aligned with."
-    if config.mask == 'none' and not config.uta_weight: return Seen(None, None, None)
+    if config.mask == 'none' and not config.uta_weight: return Targets(None, None)
     video, frames = batch['video'], batch['video'].shape[2]
     ratio = config.image_mask_ratio if frames == 1 else config.video_mask_ratio
-    visible = num_visible(config.mask, frames, num_patches, ratio)
     def draw(attention): return make_mask(config.mask, attention, ratio, batch['key'])
-    if teacher is None: return Seen(draw(video.new_empty(len(video) * frames, num_patches)), visible, None)
-    seen = teacher(video, draw, None if config.mask == 'random' else visible // frames)
-    return Seen(seen.mask, visible, seen.tokens if config.uta_weight else None)
+    if teacher is None: return Targets(draw(video.new_empty(len(video) * frames, num_patches)), None)
+    given = teacher(video, draw)
+    return Targets(given.visible, given.tokens if config.uta_weight else None)
 
 # %% ../../nbs/tasks/04_stage2.ipynb #5e6e16d8
 def objective(
@@ -251,7 +249,7 @@ def objective(
     weights = loss_weights(config)
     def loss_fn(model, batch):
         seen = look(config, teacher, num_patches, batch)
-        losses = model(batch, weights, seen.mask, seen.num_visible, seen.target, config.gradient, hardness=config.hardness)
+        losses = model(batch, weights, seen.visible, seen.target, config.gradient, hardness=config.hardness)
         return sum(weights[name] * loss for name, loss in losses.items()), losses
     return loss_fn
 
