@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['B16', 'NANO_EMOJI', 'PRESETS', 'ClipsConfig', 'Stage1Config', 'Stage1Data', 'read_clips', 'build_models',
-           'teacher_targets', 'alignment_loss', 'show_alignment', 'mean_cosine', 'flops_per_clip', 'Stage1', 'pretrain',
-           'dry_run', 'main']
+           'alignment_loss', 'show_alignment', 'mean_cosine', 'flops_per_clip', 'Stage1', 'pretrain', 'dry_run', 'main']
 
 # %% ../../nbs/tasks/02_stage1.ipynb #4c2d0f84
 from collections.abc import Callable, Sequence
@@ -24,18 +23,18 @@ from torch.utils.data import DataLoader
 from ..core.config import Config, FilePath, free, option, override
 from ..core.ledger import a100_hours, count_flops
 from ..core.seeds import seeded
-from ..data.emoji_motion import make_emoji_motion
+from ..data.emoji_motion import emoji_motion_missing, make_emoji_motion
 from ..data.media import EvalSampler, VideoDataset, collate
 from ..data.sampling import check_sampling
 from ..data.tables import read_manifest
 from ..data.transforms import denormalize, normalize_video, pretrain_transform
-from ..models.masking import MaskConfig, make_mask
+from ..models.masking import MaskConfig, num_visible, visible_at
 from ..models.student import SIZES, Student, StudentConfig
-from ..models.targets import AlignmentConfig, uta_loss
-from ..models.teachers import Teacher, TeacherConfig, TeacherOutput, build_teacher
+from ..models.targets import AlignmentConfig, teacher_targets, uta_loss
+from ..models.teachers import Teacher, TeacherConfig, build_teacher
 from .task import Parts, Task, dry_run as plan, main as run_command, run
 from ..training.distributed import COMPUTE_DTYPE, compile_network, gather_rows, start_accelerator
-from ..training.loop import Evaluator, TrainConfig
+from ..training.session import Evaluator, TrainConfig
 
 # %% ../../nbs/tasks/02_stage1.ipynb #dfbd914c
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +50,9 @@ class ClipsConfig(Config):
     flip: bool = True # random horizontal flip; not where labels know left from right
 
     def check(self): check_sampling(self.sampling, 1)
+
+    @property
+    def lists(self) -> list[str]: return [name for name in (self.train_list, self.val_list) if name]
 
 @dataclass(frozen=True, kw_only=True)
 class Stage1Config(TrainConfig):
@@ -109,10 +111,8 @@ class Stage1Data(NamedTuple):
 def read_clips(
     config: Stage1Config, # of the run
 ) -> Stage1Data:
-    "Read the lists; generate EmojiMotion first where the config asks for it. Raises as `read_manifest`, ValueError for a batch too large."
+    "Read the lists. Raises as `read_manifest`, and ValueError for a batch that is larger than the list."
     clips = config.data
-    lists = [name for name in (clips.train_list, clips.val_list) if name]
-    make_emoji_motion(clips.root, clips.emoji_clips, lists=lists)
     def dataset(name, transform, tries=10, repeats=1):
         manifest = read_manifest(Path(clips.root)/name, root=clips.root)
         return VideoDataset(manifest, clips.num_frames, clips.sampling, transform, config.seed, repeats, tries)
@@ -141,26 +141,17 @@ def build_models(
             f'teacher.image_size / its patch size ({clips.image_size} / {wanted.patch_size}, {config.teacher.image_size} / {teacher.patch_size})')
     return teacher, student
 
-# %% ../../nbs/tasks/02_stage1.ipynb #eac93a66
-def teacher_targets(
-    config: Stage1Config, # mask, tubelet size
-    teacher: Teacher, # on the batch's device
-    batch: dict, # `video` float [B, 3, T, H, W], normalised; `key` int64 [B]
-) -> TeacherOutput: # unit tokens [K, B, visible, C], what is visible, attention [B * T, patches]
-    "The teacher's part of a step: attention, the mask drawn from it, tokens at the visible places."
-    def draw(attention): return make_mask(config.mask.kind, attention, config.mask.ratio, batch['key'])
-    return teacher(batch['video'][:, :, ::config.student.tubelet_size], draw)
-
 # %% ../../nbs/tasks/02_stage1.ipynb #60380dab
 def alignment_loss(
     config: Stage1Config, # mask, alignment
     teacher: Teacher, # on the batches' device
 ) -> Callable[[nn.Module, dict], tuple[Tensor, dict[str, Tensor]]]: # for `umt.training.loop.train`
     "The Stage-1 loss as a function of the student and a batch (equation 1)."
+    every = config.student.tubelet_size
     def loss_fn(model, batch):
-        batch = batch | dict(video=normalize_video(batch['video']))
-        target = teacher_targets(config, teacher, batch)
-        return uta_loss(model(batch['video'], target.visible), target.tokens, config.alignment.loss), {}
+        video = normalize_video(batch['video'])
+        target = teacher_targets(teacher, video[:, :, ::every], config.mask.kind, config.mask.ratio, batch['key'])
+        return uta_loss(model(video, target.visible), target.tokens, config.alignment.loss), {}
     return loss_fn
 
 # %% ../../nbs/tasks/02_stage1.ipynb #2a013fe5
@@ -216,8 +207,9 @@ def flops_per_clip(
     teacher, student = (deepcopy(m).to('meta') for m in (teacher, student))
     clips, frames = config.data, config.data.num_frames // config.student.tubelet_size
     video = torch.empty(1, 3, clips.num_frames, clips.image_size, clips.image_size, device='meta')
-    attention, key = torch.empty(frames, teacher.grid**2, device='meta'), torch.empty(1, dtype=torch.int64, device='meta')
-    visible = make_mask(config.mask.kind, attention, config.mask.ratio, key)
+    count = num_visible(config.mask.kind, frames, teacher.grid**2, config.mask.ratio)
+    index = torch.empty(1, count, dtype=torch.int64, device='meta')
+    visible = visible_at(index, frames * teacher.grid**2, even=config.mask.kind != 'random')
     counts = {'teacher': count_flops(lambda: teacher(video[:, :, ::config.student.tubelet_size], lambda attention: visible)),
               'student_forward': count_flops(lambda: student(video, visible)),
               'student': count_flops(lambda: student(video, visible).sum().backward())}
@@ -227,6 +219,12 @@ def flops_per_clip(
 class Stage1(Task):
     "Unmasked-teacher pre-training."
     name, presets = 'stage1', PRESETS
+
+    def prepare(self, config): make_emoji_motion(config.data.root, config.data.emoji_clips, lists=config.data.lists)
+
+    def unprepared(self, config):
+        missing = emoji_motion_missing(config.data.root, config.data.emoji_clips, lists=config.data.lists)
+        return f'EmojiMotion with {config.data.emoji_clips:,} training clips would be made in {config.data.root}' if missing else None
 
     def data(self, config): return read_clips(config)
 
@@ -248,8 +246,8 @@ class Stage1(Task):
         flops, parameters = flops_per_clip(config, teacher, student), sum(p.numel() for p in student.parameters())
         lines = [f'student parameters {parameters:,}, teacher {sum(p.numel() for p in teacher.parameters()):,}',
                  *(f'{name:<16}{count / 1e9:10.1f} GFLOPs per clip' for name, count in flops.items())]
-        num_clips = num_clips or (len(data.train) if data else None)
-        if num_clips is None: return [*lines, 'the number of clips and the A100-hours are not known']
+        num_clips = num_clips or (len(data.train) if data else config.data.emoji_clips)
+        if not num_clips: return [*lines, 'the number of clips and the A100-hours are not known']
         total = flops['total'] * num_clips * config.loop.epochs
         return [*lines, f'{num_clips:,} clips x {config.loop.epochs} epochs', *a100_hours(total)]
 

@@ -7,10 +7,14 @@ __all__ = ['USER_ERRORS', 'RUN_ERRORS', 'Parts', 'Task', 'check_init', 'load_sta
            'Plan', 'dry_run', 'one_line_errors', 'main', 'weights_hash', 'json_hash', 'cached_evaluation']
 
 # %% ../../nbs/tasks/00_task.ipynb #9d3e0003
-import hashlib, json, os, sys, traceback
+import hashlib
+import json
+import os
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +31,8 @@ from ..core.runs import CheckpointError
 from ..data.media import DataError, TooManyBadClips, collate
 from ..models.published import load_model, load_published, save_config
 from ..training.distributed import start_accelerator
-from ..training.loop import Evaluator, TrainConfig, train
+from ..training.loop import train
+from ..training.session import Evaluator, TrainConfig
 from ..training.step import NonfiniteError
 
 # %% ../../nbs/tasks/00_task.ipynb #9d3e0008
@@ -52,6 +57,12 @@ class Task:
 
     def check(self, config: Config):
         "Refuse, before anything is read or built, what cannot work: ValueError or OSError."
+
+    def prepare(self, config: Config):
+        "Make the data that a preset makes for itself."
+
+    def unprepared(self, config: Config) -> str | None:
+        "For a dry run: what `prepare` would make, None if nothing. Raises as `prepare`."
 
     def data(self, config: Config) -> Any:
         "Read what the run works on. Raises ValueError, OSError or DataError with what is wrong."
@@ -128,6 +139,7 @@ def run(
     """Train and evaluate, or evaluate alone where nothing is trained. Continues a run that was stopped; a finished one returns its result. Raises what
     the task's methods, `train`, and `cached_evaluation` raise."""
     task.check(config)
+    task.prepare(config)
     data = task.data(config)
     if not isinstance(config, TrainConfig): return task.evaluate(config, data, None)
     parts = task.parts(config, data)
@@ -160,18 +172,21 @@ def dry_run(
     "Say what a run would do and cost, without training."
     problems = []
     _attempt(lambda: task.check(config), problems)
-    data = _attempt(lambda: task.data(config), problems)
+    to_make = _attempt(lambda: task.unprepared(config), problems)
+    data = None if to_make or problems else _attempt(lambda: task.data(config), problems)
     costs = _attempt(lambda: task.costs(config, data), problems) or []
     refused = ['', 'The run would be refused:', *(f'  {problem}' for problem in problems)] if problems else []
-    return Plan('\n'.join([str(config), '', *costs, *refused]), problems)
+    return Plan('\n'.join([str(config), '', *costs, *([to_make] if to_make else []), *refused]), problems)
 
 # %% ../../nbs/tasks/00_task.ipynb #9d3e0013
 RUN_ERRORS = (DataError, TooManyBadClips, NonfiniteError, CheckpointError)
 
 def _ours(error: BaseException) -> bool:
-    "Was it raised by this package, or by the system about a file? Then its message is meant for people."
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return isinstance(error, OSError) or bool(frames) and frames[-1][0].f_globals.get('__name__', '').startswith('umt.')
+    "Was it raised by a task or by this package, or by the system about a file? Then its message is meant for people."
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    file = frame.f_code.co_filename
+    library = 'site-packages' in file or file.startswith(sysconfig.get_path('stdlib'))
+    return isinstance(error, OSError) or not library or '/umt/' in file
 
 @contextmanager
 def one_line_errors(
