@@ -7,7 +7,7 @@ __all__ = ['LAUNCHERS', 'Inline', 'start_process', 'Local', 'last_lines', 'progr
            'check_launcher', 'make_launcher', 'run_parallel', 'launch']
 
 # %% ../../nbs/experiments/03_launchers.ipynb #3e4874a5
-import ctypes, inspect, os, signal, subprocess, sys, time
+import ctypes, inspect, json, os, signal, subprocess, sys, time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -117,11 +117,12 @@ def last_lines(
     folder: Path, # one of its runs
     n: int = 15, # lines
 ) -> str:
-    "The end of a run's log; where the run left none, of its job's."
+    "The end of a run's log; where the run left none, of its job's; else the error that it ended with."
     for path in (folder/'log.txt', job.home/'job.txt'):
         text = path.read_text(errors='replace').strip() if path.exists() else ''
         if text: return '\n'.join(text.splitlines()[-n:])
-    return '(no log)'
+    failed = folder/'failed.json'
+    return json.loads(failed.read_text())['error'] if failed.exists() else '(no log)'
 
 # %% ../../nbs/experiments/03_launchers.ipynb #606a0ef0
 def progress(
