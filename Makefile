@@ -38,6 +38,7 @@ docs-sync: dev
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/python .ci/figure.py nbs/quickstart.ipynb nbs/images/quickstart.png
+	$(BIN)/python .ci/rooms.py
 	$(BIN)/python .ci/readme.py
 
 clean:

@@ -1,4 +1,4 @@
-"""Take the README's picture out of an executed quickstart: `figure.py NOTEBOOK PNG` (frames, attention, what stays visible)."""
+"""Take the README's picture (frames, attention, what stays visible) out of an executed quickstart: `figure.py NOTEBOOK PNG`."""
 import base64
 import io
 import sys

@@ -20,8 +20,8 @@ def main(options: list[str]):
     if process.wait():
         sys.exit(process.returncode)
     if ran != expected:
-        missing, surplus = sorted((expected - ran).elements()), sorted((ran - expected).elements())
-        sys.exit(f'nbdev_test ran {ran.total()} of {expected.total()} notebooks; missing {missing}, unexpected {surplus}')
+        missing, other = sorted((expected - ran).elements()), sorted((ran - expected).elements())
+        sys.exit(f'nbdev_test ran {ran.total()} of {expected.total()} notebooks; missing {missing}, unexpected {other}')
     print(f'{ran.total()} notebooks ran')
 
 
