@@ -1,6 +1,7 @@
 "Stage 1 as a user starts it: on own clips, with mistakes, with clips that cannot be read, stopped and continued."
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -183,7 +184,7 @@ def test_evaluation_on_the_way_survives_a_stop(own, tmp_path, monkeypatch):
 def test_help_groups_options_and_explains_them():
     done = subprocess.run([sys.executable, '-m', 'umt.experiments.command', 'stage1', '--help'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    text = ' '.join(done.stdout.split())
+    text = ' '.join(re.sub('[│╭╮╰╯─]', ' ', done.stdout).split())
     group = ('mask options', '--mask.ratio FLOAT', 'share of the tokens that are dropped', '{semantic,random,tube,none}')
     for expected in (*group, '--preset'):
         assert expected in text
