@@ -485,7 +485,8 @@ def test_what_the_library_imports_is_required_or_an_extra():
 def test_notebooks_run_with_what_the_first_command_installs():
     "`make install`; the last cell of a room exports it, hence nbdev."
     extras = re.search(r"install --quiet -e '\.\[(.*)\]'", (root/'Makefile').read_text())[1].split(',')
-    there, wrong = REQUIRED.union(*(EXTRAS[e] for e in extras)), []
+    there = REQUIRED.union({'ipython'}, *(EXTRAS[e] for e in extras)) # a notebook's kernel is IPython
+    wrong = []
     for path in notebooks:
         at_once = [top for top, outside in imported(python_of(path), asked=False).items() if outside]
         wrong += [f'{name(path)} imports {top}' for top in at_once if not provider(top) & there]
