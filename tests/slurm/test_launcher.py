@@ -63,8 +63,8 @@ def same_weights(a, b):
 
 
 def test_requeued_experiment_ends_with_the_same_weights(slurm, tmp_path):
-    """Two tasks (gloo), requeued from outside, then told that its time is over: the weights of an undisturbed run in two
-    local processes."""
+    """Two tasks (gloo), requeued from outside, then told that its time is over: the weights of an undisturbed run in
+    two local processes."""
     quick = presets.preset_chains('quick', tmp_path, emoji=str(tmp_path/'data'))
     rows = {'semantic': {'action': presets.vary(quick, epochs=20, log_every=1, checkpoint_every=1000)['action']}}
     straight = runs.run(rows, 1, tmp_path/'local', 'local', processes=2)
@@ -148,7 +148,8 @@ def test_what_a_notebook_inherits_from_its_allocation_does_not_reach_the_job(slu
     job = toy('inherits', seconds=0, environment=True)
     assert run_jobs([job], launcher(mem_gb=1)) == {}
     seen = json.loads((job.home/'environment').read_text())
-    set_by_slurm = {'SLURM_JOB_ID', 'SLURM_NTASKS', 'SLURM_NTASKS_PER_NODE', 'SLURM_CPUS_PER_TASK', 'SLURM_DISTRIBUTION'}
+    of_any_job = 'JOB_ID', 'NTASKS', 'NTASKS_PER_NODE', 'CPUS_PER_TASK', 'DISTRIBUTION', 'CPU_BIND', 'CPU_BIND_TYPE'
+    set_by_slurm = {f'SLURM_{name}' for name in of_any_job}
     assert not (set(OF_A_NOTEBOOK) - set_by_slurm) & set(seen), 'a variable of the notebook'
     assert not [name for name in OF_A_NOTEBOOK if seen.get(name) == OF_A_NOTEBOOK[name]]
     assert seen['SLURM_NTASKS'] == '1' and seen['SLURM_CPUS_PER_TASK'] == '1'
