@@ -182,10 +182,13 @@ def count_tokens(
 def block_outputs(
     encoder: nn.Module, # a `VideoTransformer`
     video: torch.Tensor, # [B, 3, T, H, W]; T = num_frames, or tubelet_size: an image
-    wanted: set[int], # which blocks; those above the last one are not computed
+    layers: int | Sequence[int], # how many of the last blocks, or which; those above are not computed
     index: torch.Tensor | None, # int64 [B, n], the tokens to compute; None = all
-) -> torch.Tensor: # [wanted, B, n, embed_dim], shallow to deep, before the final norm
-    "Embed the patches, add their positions, run the blocks"
+) -> torch.Tensor: # [layers, B, n, embed_dim], shallow to deep, before the final norm
+    "Embed the patches, add their positions, run the blocks. Raises ValueError for blocks that are not there"
+    depth = len(encoder.blocks)
+    wanted = set(range(depth - layers, depth) if isinstance(layers, int) else layers)
+    if not wanted or not wanted <= set(range(depth)): raise ValueError(f'{layers=}, but there are {depth} blocks')
     tokens, positions = encoder.num_tokens(video), encoder.positions
     x = encoder.patch_embed(video, index)
     x = x + (positions[:tokens] if index is None else F.embedding(index, positions)).to(x.dtype)
@@ -218,8 +221,7 @@ class VideoTransformer(nn.Module):
     ):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
-        if attention not in ('joint', 'spatial'):
-            raise ValueError(f"attention must be 'joint' or 'spatial', got {attention!r}")
+        if attention not in ('joint', 'spatial'): raise ValueError(f"attention {attention!r}: 'joint' or 'spatial'?")
         self.grid = token_grid(num_frames, tubelet_size, image_size, patch_size)
         self.patch_embed = PatchEmbed(tubelet_size, patch_size, embed_dim)
         self.register_buffer('positions', position_table(self.grid, embed_dim, base_grid), persistent=False)
@@ -236,10 +238,7 @@ class VideoTransformer(nn.Module):
         index: torch.Tensor | None = None, # int64 [B, n], the tokens to compute; None = all
     ) -> torch.Tensor: # [layers, B, n, embed_dim], shallow to deep
         "Outputs of several blocks behind the final norm"
-        depth = len(self.blocks)
-        wanted = set(range(depth - layers, depth) if isinstance(layers, int) else layers)
-        if not wanted <= set(range(depth)): raise ValueError(f'{layers=}, but there are {depth} blocks')
-        return self.norm(block_outputs(self, video, wanted, index))
+        return self.norm(block_outputs(self, video, layers, index))
 
     def forward_features(self,
         video: torch.Tensor, # [B, 3, T, H, W]; T = num_frames, or tubelet_size: an image
@@ -247,8 +246,7 @@ class VideoTransformer(nn.Module):
     ) -> torch.Tensor: # [B, n, embed_dim]
         "Tokens behind the last block and the final norm"
         return self.forward_intermediates(video, 1, index)[0]
-
-    def forward(self, video, index=None): return self.forward_features(video, index)
+    forward = forward_features
 
 # %% ../../nbs/models/02_backbone.ipynb #392850e2
 COMPILE = ('none', 'blocks', 'full')

@@ -251,16 +251,15 @@ class Teacher(nn.Module):
             raise ValueError(f"input_statistics={input_statistics!r}: 'imagenet' or 'clip' expected")
         self.visual = own_blocks(in_dtype(visual, dtype)).eval().requires_grad_(False)
         self.aligned_layers, self.input_statistics, self.dtype = aligned_layers, input_statistics, dtype
-        self.image_size, self.patch_size = visual.image_size[0], visual.patch_size[0]
-        self.grid, self.target_dim = visual.grid_size[0], visual.output_dim
+        self.grid, self.image_size = visual.grid_size[0], visual.image_size[0]
+        self.patch_size, self.target_dim = visual.patch_size[0], visual.output_dim
         for name, value in clip_statistics().items(): self.register_buffer(name, value, persistent=False)
 
     def train(self, mode: bool = True): return super().train(False) # frozen for good
 
     def prepare(self, video): # video as for `forward` -> [B * T, 3, image_size, image_size] in the teacher's type
         x = prepare_frames(video.float(), self.image_size)
-        if self.input_statistics == 'clip': x = x * self.scale + self.shift
-        return x.to(self.dtype)
+        return (x * self.scale + self.shift if self.input_statistics == 'clip' else x).to(self.dtype)
 
     @torch.no_grad()
     def forward(self,
@@ -279,8 +278,8 @@ class Teacher(nn.Module):
         with no_autocast(video.device):
             x = embed_frames(self.visual, self.prepare(video))
             for block in self.visual.transformer.resblocks: x = block(x)
-            tokens = self.visual.ln_post(x[:, 0].float()) @ self.visual.proj
-            return F.normalize(tokens, dim=-1).unflatten(0, (len(video), -1))
+            x = self.visual.ln_post(x[:, 0].float()) @ self.visual.proj
+        return F.normalize(x, dim=-1).unflatten(0, (len(video), -1))
 
 # %% ../../nbs/models/03_teachers.ipynb #c1cd6508
 def activation_for(
