@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COMPILE', 'BLOCK_LISTS', 'sinusoid_table', 'resize_positions', 'position_table', 'resize_frame_positions',
            'gather_rows', 'gather_patches', 'Attention', 'PatchEmbed', 'no_autocast', 'LayerNorm', 'init_linear',
-           'same_frame', 'token_grid', 'count_tokens', 'VideoTransformer', 'transformer_blocks', 'compile_blocks']
+           'same_frame', 'token_grid', 'count_tokens', 'block_outputs', 'VideoTransformer', 'transformer_blocks',
+           'compile_blocks']
 
 # %% ../../nbs/models/02_backbone.ipynb #1d0b7141
 from collections.abc import Sequence
@@ -177,6 +178,30 @@ def count_tokens(
         raise ValueError(f'an image, but the positions were squeezed in time, from {tuple(base)} to {grid}')
     return prod(grid[1:])
 
+# %% ../../nbs/models/02_backbone.ipynb #018a719a
+def block_outputs(
+    encoder: nn.Module, # a `VideoTransformer`
+    video: torch.Tensor, # [B, 3, T, H, W]; T = num_frames, or tubelet_size: an image
+    layers: int | Sequence[int], # how many of the last blocks, or which; those above are not computed
+    index: torch.Tensor | None, # int64 [B, n], the tokens to compute; None = all
+) -> torch.Tensor: # [layers, B, n, embed_dim], shallow to deep, before the final norm
+    "Embed the patches, add their positions, run the blocks. Raises ValueError for blocks that are not there"
+    depth = len(encoder.blocks)
+    wanted = set(range(depth - layers, depth) if isinstance(layers, int) else layers)
+    if not wanted or not wanted <= set(range(depth)): raise ValueError(f'{layers=}, but there are {depth} blocks')
+    tokens, positions = encoder.num_tokens(video), encoder.positions
+    x = encoder.patch_embed(video, index)
+    x = x + (positions[:tokens] if index is None else F.embedding(index, positions)).to(x.dtype)
+    attn_mask, outputs = None, []
+    if encoder.config['attention'] == 'spatial':
+        token = torch.arange(tokens, device=video.device)[None] if index is None else index
+        attn_mask = same_frame(token, prod(encoder.grid[1:]))
+    for i, block in enumerate(encoder.blocks[:max(wanted) + 1]):
+        recompute = encoder.training and i < encoder.config['checkpoint_blocks']
+        x = checkpoint(block, x, attn_mask, use_reentrant=False) if recompute else block(x, attn_mask)
+        if i in wanted: outputs.append(x)
+    return torch.stack(outputs)
+
 # %% ../../nbs/models/02_backbone.ipynb #1c42ee2a
 class VideoTransformer(nn.Module):
     "Plain video ViT: patches, fixed positions, pre-norm blocks; no class token. Raises ValueError for bad sizes"
@@ -196,8 +221,7 @@ class VideoTransformer(nn.Module):
     ):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
-        if attention not in ('joint', 'spatial'):
-            raise ValueError(f"attention must be 'joint' or 'spatial', got {attention!r}")
+        if attention not in ('joint', 'spatial'): raise ValueError(f"attention {attention!r}: 'joint' or 'spatial'?")
         self.grid = token_grid(num_frames, tubelet_size, image_size, patch_size)
         self.patch_embed = PatchEmbed(tubelet_size, patch_size, embed_dim)
         self.register_buffer('positions', position_table(self.grid, embed_dim, base_grid), persistent=False)
@@ -214,21 +238,7 @@ class VideoTransformer(nn.Module):
         index: torch.Tensor | None = None, # int64 [B, n], the tokens to compute; None = all
     ) -> torch.Tensor: # [layers, B, n, embed_dim], shallow to deep
         "Outputs of several blocks behind the final norm"
-        depth, tokens = len(self.blocks), self.num_tokens(video)
-        wanted = set(range(depth - layers, depth) if isinstance(layers, int) else layers)
-        if not wanted <= set(range(depth)): raise ValueError(f'{layers=}, but there are {depth} blocks')
-        x = self.patch_embed(video, index)
-        x = x + (self.positions[:tokens] if index is None else F.embedding(index, self.positions)).to(x.dtype)
-        attn_mask = None
-        if self.config['attention'] == 'spatial':
-            token = torch.arange(tokens, device=video.device)[None] if index is None else index
-            attn_mask = same_frame(token, prod(self.grid[1:]))
-        outputs = []
-        for i, block in enumerate(self.blocks[:max(wanted) + 1]):
-            recompute = self.training and i < self.config['checkpoint_blocks']
-            x = checkpoint(block, x, attn_mask, use_reentrant=False) if recompute else block(x, attn_mask)
-            if i in wanted: outputs.append(x)
-        return self.norm(torch.stack(outputs))
+        return self.norm(block_outputs(self, video, layers, index))
 
     def forward_features(self,
         video: torch.Tensor, # [B, 3, T, H, W]; T = num_frames, or tubelet_size: an image
@@ -236,12 +246,7 @@ class VideoTransformer(nn.Module):
     ) -> torch.Tensor: # [B, n, embed_dim]
         "Tokens behind the last block and the final norm"
         return self.forward_intermediates(video, 1, index)[0]
-
-    def forward(self,
-        video: torch.Tensor, # [B, 3, T, H, W]; T = num_frames, or tubelet_size: an image
-        index: torch.Tensor | None = None, # int64 [B, n], the tokens to compute; None = all
-    ) -> torch.Tensor: # [B, n, embed_dim]
-        return self.forward_features(video, index)
+    forward = forward_features
 
 # %% ../../nbs/models/02_backbone.ipynb #392850e2
 COMPILE = ('none', 'blocks', 'full')

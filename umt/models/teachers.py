@@ -215,11 +215,11 @@ def prepare_frames(
     return F.interpolate(x, (image_size, image_size), mode='bicubic', align_corners=False)
 
 def clip_statistics(
-) -> tuple[Tensor, Tensor]: # scale and shift, each [3, 1, 1]
+) -> dict[str, Tensor]: # scale and shift, each [3, 1, 1]
     "What turns ImageNet-normalised pixels into CLIP-normalised ones: multiply, then add"
     mean, std, clip_mean, clip_std = (
         torch.tensor(s).view(3, 1, 1) for s in (IMAGENET_MEAN, IMAGENET_STD, CLIP_MEAN, CLIP_STD))
-    return std / clip_std, (mean - clip_mean) / clip_std
+    return dict(scale=std / clip_std, shift=(mean - clip_mean) / clip_std)
 
 # %% ../../nbs/models/03_teachers.ipynb #8b54278f
 def in_dtype(
@@ -238,8 +238,7 @@ def in_dtype(
 # %% ../../nbs/models/03_teachers.ipynb #cad338d5
 class Teacher(nn.Module):
     "A frozen open_clip vision transformer over the frames of a video; made by `load_teacher`"
-    def __init__(
-        self,
+    def __init__(self,
         visual: VisionTransformer, # with a class token and a projection
         aligned_layers: int, # K, how many of the last blocks give tokens
         input_statistics: str = 'imagenet', # what frames are normalised with: 'imagenet' (as they come) or 'clip'
@@ -252,26 +251,18 @@ class Teacher(nn.Module):
             raise ValueError(f"input_statistics={input_statistics!r}: 'imagenet' or 'clip' expected")
         self.visual = own_blocks(in_dtype(visual, dtype)).eval().requires_grad_(False)
         self.aligned_layers, self.input_statistics, self.dtype = aligned_layers, input_statistics, dtype
-        self.image_size, self.patch_size = visual.image_size[0], visual.patch_size[0]
-        self.grid, self.target_dim = visual.grid_size[0], visual.output_dim
-        scale, shift = clip_statistics()
-        self.register_buffer('scale', scale, persistent=False)
-        self.register_buffer('shift', shift, persistent=False)
+        self.grid, self.image_size = visual.grid_size[0], visual.image_size[0]
+        self.patch_size, self.target_dim = visual.patch_size[0], visual.output_dim
+        for name, value in clip_statistics().items(): self.register_buffer(name, value, persistent=False)
 
     def train(self, mode: bool = True): return super().train(False) # frozen for good
 
-    def prepare(
-        self,
-        video: Tensor, # [B, 3, T, H, W], ImageNet-normalised
-    ) -> Tensor: # [B * T, 3, image_size, image_size] in the teacher's type
-        "The frames that the network takes"
+    def prepare(self, video): # video as for `forward` -> [B * T, 3, image_size, image_size] in the teacher's type
         x = prepare_frames(video.float(), self.image_size)
-        if self.input_statistics == 'clip': x = x * self.scale + self.shift
-        return x.to(self.dtype)
+        return (x * self.scale + self.shift if self.input_statistics == 'clip' else x).to(self.dtype)
 
     @torch.no_grad()
-    def forward(
-        self,
+    def forward(self,
         video: Tensor, # [B, 3, T, H, W], ImageNet-normalised
         draw: Callable[[Tensor], Visible] | None = None, # the mask, from the attention [B * T, N]; None = no mask
     ) -> TeacherOutput: # tokens [K, B, n, C], visible, attention
@@ -280,16 +271,15 @@ class Teacher(nn.Module):
             return aligned_tokens(self.visual, self.prepare(video), video.shape[2], self.aligned_layers, draw)
 
     @torch.no_grad()
-    def embed(
-        self,
+    def embed(self,
         video: Tensor, # [B, 3, T, H, W], ImageNet-normalised
     ) -> Tensor: # [B, T, C] float32 unit vectors
         "CLIP's embedding of every frame, that of its class token"
         with no_autocast(video.device):
             x = embed_frames(self.visual, self.prepare(video))
             for block in self.visual.transformer.resblocks: x = block(x)
-            tokens = self.visual.ln_post(x[:, 0].float()) @ self.visual.proj
-            return F.normalize(tokens, dim=-1).unflatten(0, (len(video), -1))
+            x = self.visual.ln_post(x[:, 0].float()) @ self.visual.proj
+        return F.normalize(x, dim=-1).unflatten(0, (len(video), -1))
 
 # %% ../../nbs/models/03_teachers.ipynb #c1cd6508
 def activation_for(
