@@ -262,9 +262,11 @@ def pretrain(
 
 def dry_run(
     config: Stage1Config, # of the run
+    num_clips: int | None = None, # training clips, for lists that are elsewhere; None = those of the list
 ) -> str: # recipe, parameters, FLOPs, A100-hours; and why it would be refused, if it would
     "Say what a run would do and cost, without weights and without training."
-    return plan(Stage1(), config).text
+    if num_clips is None: return plan(Stage1(), config).text
+    return '\n'.join([str(config), '', *Stage1().costs(config, None, num_clips)])
 
 def main(
     argv: Sequence[str] | None = None, # arguments; None = the command line
