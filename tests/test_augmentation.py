@@ -1,5 +1,7 @@
-"Edge cases of the fine-tuning augmentation (the recipe itself is tested in nbs/11_augmentation.ipynb)"
-import pickle, random
+"Edge cases of the fine-tuning augmentation (the recipe itself is tested in nbs/data/03_augmentation.ipynb)"
+import pickle
+import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,13 +12,19 @@ from torchvision.transforms import v2
 
 from umt.data import emoji_motion, emoji_scenes
 from umt.data.augmentation import Mixup, RandAugment, RandomErasing, crop_views, finetune_transform
-from umt.data.media import VideoDataset, collate
-from umt.data.tables import read_manifest
 from umt.core.seeds import seeded
-from umt.data.transforms import denormalize
+from umt.data.media import VideoDataset, collate
+from umt.data.pairs import pair_transform
+from umt.data.tables import read_manifest
+from umt.data.transforms import (
+    CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, denormalize, eval_transform, normalize_video, pretrain_transform)
 
 
-def noise(*shape, seed=0): return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+def noise(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
 def states(): return random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2:]
 
 
@@ -37,11 +45,14 @@ def test_every_frame_is_timms_result(seed):
 
 def test_global_state_survives_an_error():
     augment, before = RandAugment(), states()
-    def fail(image): random.random(), np.random.rand(); raise OSError('no such operation')
+    def fail(image):
+        random.random(), np.random.rand()
+        raise OSError('no such operation')
     augment.augment = fail
     with pytest.raises(OSError): augment(noise(2, 3, 8, 8))
     assert states() == before
-    with pytest.raises(RuntimeError): Mixup(2)(torch.zeros(2, 3, 1, 4, 4), torch.tensor([0, 5])) # a label that is too large
+    too_large = torch.tensor([0, 5])
+    with pytest.raises(RuntimeError): Mixup(2)(torch.zeros(2, 3, 1, 4, 4), too_large)
     assert states() == before
 
 
@@ -76,7 +87,8 @@ def test_repeated_augmentation(tmp_path):
     spec = emoji_scenes.clip_spec('train', 0, num_objects=16, image_size=48)
     emoji_motion.write_mp4(tmp_path/'a.mp4', emoji_scenes.render(spec), fps=12)
     (tmp_path/'list.csv').write_text('a.mp4,3\n')
-    def batch(**options): return collate([VideoDataset(read_manifest(tmp_path/'list.csv'), 4, num_sample=2, **options)[0, 0]])['video']
+    manifest = read_manifest(tmp_path/'list.csv')
+    def batch(**options): return collate([VideoDataset(manifest, 4, num_sample=2, **options)[0, 0]])['video']
     transform, python, numpy = finetune_transform(32), random.getstate(), np.random.get_state()
     first = batch(transform=transform)
     assert first.shape == (2, 3, 4, 32, 32) and not torch.equal(*first)
@@ -86,7 +98,32 @@ def test_repeated_augmentation(tmp_path):
     random.setstate(python), np.random.set_state(numpy)
 
 
-@pytest.mark.parametrize('config', ['', 'auto', 'rand-m', 'rand-mstd.5', 'rand-m7-n4-x', 'rand-tall', 'original-mstd0.5'])
+@pytest.mark.parametrize('shape', [(4, 3, 64, 64), (2, 3, 50, 91), (1, 3, 97, 40)])
+def test_clips_normalised_later_are_the_same_to_the_bit(shape):
+    "uint8 until the device: every transform that allows it, one clip at a time and in a batch"
+    makes = (pretrain_transform, eval_transform, pair_transform, partial(pair_transform, train=False), crop_views)
+    for seed, make in enumerate(makes):
+        for mean, std in ((IMAGENET_MEAN, IMAGENET_STD), (CLIP_MEAN, CLIP_STD)):
+            with seeded(seed): floats = make(32, mean=mean, std=std)(noise(*shape))
+            with seeded(seed): small = make(32, mean=mean, std=std, normalize=False)(noise(*shape))
+            assert small.dtype == torch.uint8 and floats.dtype == torch.float32
+            assert torch.equal(normalize_video(small, mean, std), floats)
+            assert torch.equal(normalize_video(torch.stack([small]*3), mean, std)[2], floats)
+    with torch.inference_mode(): inside = normalize_video(small, (.1, .2, .3), (.4, .5, .6))
+    scale = torch.ones((), requires_grad=True) # constants made in inference mode would not do here
+    normalize_video(small, (.1, .2, .3), (.4, .5, .6)).mul(scale).sum().backward()
+    assert torch.equal(inside, normalize_video(small, (.1, .2, .3), (.4, .5, .6))) and scale.grad.isfinite()
+
+
+def test_what_works_on_floats_refuses_uint8():
+    with pytest.raises(ValueError, match='normalize=True'): finetune_transform(16, normalize=False)
+    with pytest.raises(TypeError, match='expected uint8'): normalize_video(torch.zeros(3, 1, 4, 4, dtype=torch.int64))
+    floats = torch.rand(2, 3, 1, 4, 4, dtype=torch.bfloat16)
+    assert normalize_video(floats) is floats
+
+
+@pytest.mark.parametrize('config', ['', 'auto', 'rand-m', 'rand-mstd.5', 'rand-m7-n4-x', 'rand-tall',
+                                    'original-mstd0.5'])
 def test_unknown_config(config):
     with pytest.raises(ValueError, match='config'): RandAugment(config)
 
@@ -108,6 +145,7 @@ def test_memory_layout_and_dtype(dtype):
     for seed in range(6):
         with seeded(seed): out, target = Mixup(4)(video, label)
         with seeded(seed): same, _ = Mixup(4)(video.contiguous(), label)
-        assert out.dtype == dtype and target.dtype == torch.float32 and torch.equal(out, same) and torch.equal(video, copy)
+        assert out.dtype == dtype and target.dtype == torch.float32
+        assert torch.equal(out, same) and torch.equal(video, copy)
     with seeded(0): erased = RandomErasing(1.)(video[0].float())
     with seeded(0): assert torch.equal(erased, RandomErasing(1.)(video[0].float().contiguous()))

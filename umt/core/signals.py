@@ -116,7 +116,8 @@ def ending_workers(
     finally:
         shut_down_workers(loader, patience)
 
-# %% ../../nbs/core/04_signals.ipynb #a2fce43d
+# %% ../../nbs/core/04_signals.ipynb #207cdebc
+@atexit.register
 def end_daemons(
     patience: float = 2., # seconds until those that have not ended are killed
 ):
@@ -130,5 +131,3 @@ def end_daemons(
     for child in children:
         child.join(max(0, end - time.monotonic()))
     kill_processes(children)
-
-atexit.register(end_daemons)

@@ -126,8 +126,8 @@ def _path(
     layout: str, # format string
     fields: Sequence[str], # its names
 ) -> str: # path below the root
-    """Where a row's clip lies; `ValueError` if a part of the name is missing. `class_folder` is the label with underscores,
-    as some downloads have it"""
+    """Where a row's clip lies; `ValueError` if a part of the name is missing. `class_folder` is the label with
+    underscores, as some downloads have it"""
     if 'class_folder' in fields: row = row | {'class_folder': str(row.get('label') or '').replace(' ', '_')}
     for name in fields:
         if row.get(name) in (None, ''): raise ValueError(f'no {name!r} in {str(row)[:100]}')
@@ -141,7 +141,8 @@ def _layout_fields(
     fields = [name for _, name, _, _ in Formatter().parse(layout) if name is not None]
     known = {name for _, row in rows if isinstance(row, dict) for name in row}
     if 'label' in known: known.add('class_folder')
-    if known and not known.issuperset(fields): raise ValueError(f'layout {layout!r}: expected fields among {sorted(known)}')
+    if known and not known.issuperset(fields):
+        raise ValueError(f'layout {layout!r}: expected fields among {sorted(known)}')
     return fields
 
 # %% ../../nbs/data/09_annotations.ipynb #95f33e23
@@ -182,9 +183,11 @@ def read_annotations(
     layout: str | None = None,
     first_id: int = 0, # sample id of the first row; ids of all data sets in a run must differ
 ) -> tuple[Manifest, list[str] | None]: # clips in the file's order, and class names in label order
-    "Read an official annotation file; a test list without labels gets -1. `ManifestError` lists every malformed row with its line"
+    """Read an official annotation file; a test list without labels gets -1.
+    `ManifestError` lists every malformed row with its line"""
     if kind not in _FORMATS:
-        raise ValueError(f'kind {kind!r}: expected one of {ANNOTATION_FORMATS}{did_you_mean(str(kind), ANNOTATION_FORMATS)}')
+        near = did_you_mean(str(kind), ANNOTATION_FORMATS)
+        raise ValueError(f'kind {kind!r}: expected one of {ANNOTATION_FORMATS}{near}')
     file, root, layout = Path(file), os.path.abspath(root), layout or _FORMATS[kind].layout
     rows, good, bad = _tidy_rows(kind, file), [], []
     labels = [row.get('label') for _, row in rows if isinstance(row, dict)]

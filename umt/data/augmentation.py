@@ -32,7 +32,7 @@ def _draw_seed() -> int: # below 2^32
 def _global_seed(
     seed: int, # below 2^32
 ):
-    "Within the block Python's and NumPy's global generators start from `seed`; afterwards they go on as if nothing had happened"
+    "Within the block Python's and NumPy's global generators start from `seed`; afterwards they go on as before"
     python, numpy = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)
@@ -43,7 +43,8 @@ def _global_seed(
 
 # %% ../../nbs/data/03_augmentation.ipynb #40bdea87
 class RandAugment(v2.Transform):
-    "timm's RandAugment for clips: the same operations and magnitudes for every frame. `ValueError` for a config that timm does not know"
+    """timm's RandAugment for clips: the same operations and magnitudes for every frame.
+    `ValueError` for a config that timm does not know"""
     def __init__(self,
         # timm's notation: m magnitude 0..10, n operations, mstd spread of the magnitude, inc1 more is stronger
         config: str = 'rand-m7-n4-mstd0.5-inc1',
@@ -74,7 +75,7 @@ class RandAugment(v2.Transform):
 
 # %% ../../nbs/data/03_augmentation.ipynb #0d7d5a94
 class RandomErasing(v2.RandomErasing):
-    "Replace a random box of a normalised clip [3, T, H, W] by noise: the same box in all frames, new noise for every pixel"
+    "Replace a random box of a normalised clip [3, T, H, W] by noise: one box for all frames, new noise for every pixel"
     def __init__(self,
         p: float = .25, # share of the clips
     ):
@@ -131,7 +132,7 @@ def crop_views(
 
 # %% ../../nbs/data/03_augmentation.ipynb #da1620b0
 class Mixup:
-    "Mix every clip of a batch with the one at the mirrored place: blend the two, or paste a box that is the same in all frames"
+    "Mix every clip of a batch with the one at the mirrored place: blend the two, or paste a box, one for all frames"
     def __init__(self,
         num_classes: int, # length of the targets
         mixup: float = .8, # blending weights are from Beta(mixup, mixup); 0: never blend

@@ -308,18 +308,19 @@ _FIELDS = pa.schema({'path': pa.large_string(), 'offset': pa.int64(), 'size': pa
 def _captions_of(
     member: ShardMember, # an image or a video
 ) -> list[str]: # perhaps none
-    "What lies beside it; `DataError` if that is no text"
+    "What lies beside it; `ValueError` if that is no text"
     caption = member.json.get('caption') or member.text
     caption = [caption] if isinstance(caption, str) else caption
     if isinstance(caption, list) and all(isinstance(sentence, str) for sentence in caption): return caption
-    raise DataError(f'{member.name}: caption {caption!r:.100}, expected text')
+    raise ValueError(f'{member.name}: caption {caption!r:.100}, expected text')
 
 def _shard_table(
     shard: Path, # uncompressed tar file
 ) -> pa.Table: # of `_FIELDS`; id: the .json's sample_id, or null
     "The media of a shard in its order; `DataError` if it is damaged"
     members = shard_members(shard, IMAGE_EXTENSIONS | VIDEO_EXTENSIONS)
-    rows = [(m.name, m.offset, m.size, m.json.get('sample_id'), _captions_of(m)) for m in members]
+    try: rows = [(m.name, m.offset, m.size, m.json.get('sample_id'), _captions_of(m)) for m in members]
+    except ValueError as e: raise DataError(f'{shard}: damaged, or not a tar of pairs ({e})') from e
     return pa.table([list(column) for column in zip(*rows)] if rows else [[] for _ in _FIELDS], schema=_FIELDS)
 
 # %% ../../nbs/data/10_captions.ipynb #6139a245
@@ -344,8 +345,8 @@ def read_caption_shards(
     medium: str | None = None, # 'image' or 'video'; None: the one that is there
     first_id: int = 0, # sample id of the first medium, where no .json has a sample_id
 ) -> ShardManifest: # in the order of the shards' names, with a column 'caption'
-    """Index captioned shards; pairs without a caption are left out. `DataError` for a damaged shard, for none, or for two
-    media where none is named"""
+    """Index captioned shards; pairs without a caption are left out. `DataError` for a damaged shard, for none, or for
+    two media where none is named"""
     folder, table = Path(folder), _index_shards(Path(folder))
     endings = zip(MEDIA, (IMAGE_EXTENSIONS, VIDEO_EXTENSIONS))
     patterns = {name: rf'(?i)\.({"|".join(some)})$' for name, some in endings if medium in (None, name)}
@@ -388,6 +389,6 @@ def _media_names(
 def share_ids(
     manifests: Sequence[Manifest], # of one run, from any corpora
 ) -> list[Manifest]: # the same, with other ids
-    """One id for one medium over all corpora, however many rows it has: one medium is the same absolute file, or the same
-    id in the same folder of shards"""
+    """One id for one medium over all corpora, however many rows it has: one medium is the same absolute file, or the
+    same id in the same folder of shards"""
     return [replace(m, ids=ids) for m, ids in zip(manifests, _numbers_of_names(*map(_media_names, manifests)))]

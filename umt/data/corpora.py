@@ -167,8 +167,8 @@ def read_published(
     max_captions: int | None = None, # rows of one medium to keep; None: all
     first_id: int = 0, # sample id of the first medium
 ) -> Manifest: # in the file's order, with a column 'caption'; rows of one medium have one id
-    """Read an annotation file of others; rows without a caption are left out. `ManifestError` for a file of another form,
-    or paths that lead out of the root"""
+    """Read an annotation file of others; rows without a caption are left out. `ManifestError` for a file of another
+    form, or paths that lead out of the root"""
     if kind not in _PUBLISHED:
         raise ValueError(f'kind {kind!r}: expected one of {list(_PUBLISHED)}{did_you_mean(str(kind), _PUBLISHED)}')
     file = Path(file)
@@ -261,14 +261,15 @@ def build_corpora(
     missing: str = 'drop',
 ) -> dict[str, list[Manifest]]: # 'image' and 'video' -> corpora of that medium, ids shared; what `PairDataset` takes
     "Read corpora and log their sizes. `DataError` where nothing is left, or something is missing and may not"
-    if missing not in ('drop', 'keep', 'error'): raise ValueError(f"missing {missing!r}: expected 'drop', 'keep' or 'error'")
+    if missing not in ('drop', 'keep', 'error'):
+        raise ValueError(f"missing {missing!r}: expected 'drop', 'keep' or 'error'")
     corpora, manifests = find_corpora(names), []
     for corpus in corpora:
         manifest = corpus.read(data_root)
         there = _present(manifest, corpus.medium) if missing != 'keep' else np.ones(len(manifest), bool)
         if not there.all() and (missing == 'error' or not there.any()):
-            gone = f'{corpus.name}: {(~there).sum()} of {len(there)} pairs have no {corpus.medium} under {manifest.root}'
-            raise DataError(f'{gone}, such as {manifest.name(int(np.argmin(there)))!r}')
+            gone = f'{(~there).sum()} of {len(there)} pairs have no {corpus.medium} under {manifest.root}'
+            raise DataError(f'{corpus.name}: {gone}, such as {manifest.name(int(np.argmin(there)))!r}')
         if not there.all(): manifest = manifest.subset(np.flatnonzero(there))
         counts = f'{len(manifest):,} of {len(there):,} pairs, {len(np.unique(manifest.ids)):,} {corpus.medium}s'
         logger.info('%s: %s', corpus.name, counts)

@@ -163,7 +163,7 @@ def clip_spec(
     fps: int = 12,
     heldout: bool | None = None,  # True: only held-out objects, False: none, None: any
 ) -> ClipSpec:  # a pure function of the arguments
-    """Describe a clip. Category and action run through all their combinations; the rest is random and independent of both.
+    """Describe a clip. Category and action run through all their combinations; the rest is random, independent of both.
     `heldout=True` with fewer than 56 objects, of which none is held out: `ValueError`."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     action, category = ACTIONS[index % 10], CATEGORIES[(index + index // 40) % 8]   # all 80 pairs in every 80 clips

@@ -160,7 +160,8 @@ class Gallery:
     texts: list[str] # as in the file; paragraphs are joined
     pairs: Tensor # int64 [P, 2], (text, video) that belong together
 
-    def __repr__(self): return f'Gallery({len(self.manifest)} videos under {self.manifest.root}, {len(self.texts)} texts)'
+    def __repr__(self):
+        return f'Gallery({len(self.manifest)} videos under {self.manifest.root}, {len(self.texts)} texts)'
 
     def subset(self,
         videos: Iterable[int], # that stay, in this order
@@ -202,8 +203,8 @@ def read_gallery(
     layout: str | None = None, # format string of a clip's path, e.g. '{stem}.mp4'; None: as published
     paragraph: bool = False, # are all sentences of a row one text?
 ) -> Gallery:
-    """Read a test set. `ManifestError` lists every malformed row with its line (in JSON objects: its number), and names of
-    `split` that no row has; ValueError for an unknown `kind`."""
+    """Read a test set. `ManifestError` lists every malformed row with its line (in JSON objects: its number), and names
+    of `split` that no row has. `ValueError` for an unknown `kind`."""
     if kind not in _FORMATS:
         raise ValueError(f'annotations {kind!r}: expected one of {GALLERIES}{did_you_mean(str(kind), GALLERIES)}')
     file, root, layout = Path(file), os.path.abspath(root), layout or _FORMATS[kind].layout
@@ -230,8 +231,8 @@ def existing_videos(
     gallery: Gallery, # of `read_gallery`
     missing: str = 'error', # what to do about clips that are not there: 'error' or 'drop'
 ) -> tuple[Gallery, int]: # the part that is there, and how many clips are not
-    """Leave out missing videos, with the texts that had no other. FileNotFoundError lists them if `missing` is 'error' or
-    nothing is left"""
+    """Leave out missing videos, with the texts that had no other. `FileNotFoundError` lists them if `missing` is
+    'error' or nothing is left"""
     manifest, lost = existing_clips(gallery.manifest)
     if not lost: return gallery, 0
     if missing == 'error' or not len(manifest):
@@ -265,8 +266,8 @@ def describe_gallery(
 
 # %% ../../nbs/data/13_galleries.ipynb #27f50c50
 class GalleryDataset(Dataset):
-    """Videos of a gallery, `dataset[epoch, index]`, as `umt.data.media.collate` takes them. A clip that cannot be decoded is
-    zeros, and named in `failures`"""
+    """Videos of a gallery, `dataset[epoch, index]`, as `umt.data.media.collate` takes them. A clip that cannot be
+    decoded is zeros, and named in `failures`"""
     def __init__(self,
         manifest: Manifest, # the videos
         num_frames: int = 4, # per video

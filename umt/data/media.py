@@ -62,7 +62,7 @@ class VideoDataset(Dataset):
     def __init__(self,
         manifest: Manifest, # which clips
         num_frames: int, # frames per clip
-        sampling: str | Callable[[int], Sequence[int]] = 'sparse', # a mode of `frame_indices`, or a function: length to indices
+        sampling: str | Callable[[int], Sequence[int]] = 'sparse', # mode of `frame_indices`; or function of the length
         transform: Callable = torch.nn.Identity(), # from uint8 [T, 3, H, W]; may draw from torch's global generator
         seed: int = 0, # of the run
         num_sample: int = 1, # augmentations of each decoded clip (repeated augmentation); above 1 a sample is a list

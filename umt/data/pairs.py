@@ -48,7 +48,8 @@ def read_image(
     "An image as a video of one frame. `ImageError` names a file that is none"
     name = str(name or ('bytes' if isinstance(file, bytes) else file))
     try:
-        with _truncated_too(), Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=IMAGE_FORMATS) as image:
+        source = io.BytesIO(file) if isinstance(file, bytes) else file
+        with _truncated_too(), Image.open(source, formats=IMAGE_FORMATS) as image:
             return v2.functional.pil_to_tensor(image.convert('RGB'))[None]
     except FileNotFoundError as e: raise ImageError(name, 'no such file') from e
     except Exception as e: # Pillow raises whatever comes
@@ -103,7 +104,8 @@ class CorpusRows:
     def __init__(self,
         manifests: dict[str, list[Manifest]], # 'image' and 'video' -> corpora of that medium, with a column 'caption'
     ):
-        if unknown := set(manifests) - set(MEDIA): raise ValueError(f'media {sorted(unknown)}: expected some of {MEDIA}')
+        if unknown := set(manifests) - set(MEDIA):
+            raise ValueError(f'media {sorted(unknown)}: expected some of {MEDIA}')
         found = [(medium, m) for medium in MEDIA for m in manifests.get(medium, [])]
         for _, m in found:
             if 'caption' not in m.columns:
@@ -126,7 +128,7 @@ class CorpusRows:
 
 # %% ../../nbs/data/12_pairs.ipynb #23b7f19e
 class PairDataset(CorpusRows, Dataset):
-    "Pairs of a medium and a sentence as training samples: `dataset[epoch, index]`. `media` has the indices of each medium"
+    "Pairs of a medium and a sentence as samples: `dataset[epoch, index]`. `media` has the indices of each medium"
     def __init__(self,
         # 'image' and 'video' -> corpora of that medium, with a column 'caption'; their ids are shared anew
         manifests: dict[str, list[Manifest]],
@@ -134,7 +136,7 @@ class PairDataset(CorpusRows, Dataset):
         encode: Callable[[str], torch.Tensor], # sentence -> token ids int64 [n]
         transform: Callable = torch.nn.Identity(), # from uint8 [T, 3, H, W]; may draw from torch's global generator
         seed: int = 0, # of the run
-        sampling: str | Callable[[int], Sequence[int]] = 'rand', # a mode of `frame_indices`, or a function: length to indices
+        sampling: str | Callable[[int], Sequence[int]] = 'rand', # mode of `frame_indices`; or function of the length
         tries: int = 10, # pairs to try before giving up; 1: nothing is replaced
         backend: str = 'auto', # of `read_frames`
     ):
@@ -172,7 +174,7 @@ class PairDataset(CorpusRows, Dataset):
 def collate_pairs(
     samples: list[dict], # of a `PairDataset`, all of one medium
     pad_id: int = 0, # token that fills up shorter sentences
-) -> dict: # video [B,3,T,S,S]; input_ids, attention_mask int64 [B,L]; sample_id, key int64 [B]; captions, failures: lists
+) -> dict: # video [B,3,T,S,S]; input_ids, attention_mask [B,L]; sample_id, key int64 [B]; captions, failures: lists
     "A batch: sentences are padded to the longest of them"
     ids = [sample['input_ids'] for sample in samples]
     lengths = torch.tensor([len(i) for i in ids])
@@ -188,7 +190,8 @@ def collate_pairs(
 
 # %% ../../nbs/data/12_pairs.ipynb #db4d618a
 class MixedSampler(Sampler):
-    "Lists of (epoch, index), one per micro-batch of this process, each of one medium; from `start_step` to the end of the run"
+    """Lists of (epoch, index), one per micro-batch of this process, each of one medium; from `start_step` to the end of
+    the run"""
     def __init__(self,
         media: Iterable[range], # indices of each medium, `PairDataset.media.values()`
         batch_size: int, # pairs per optimizer step, over all processes and micro-batches

@@ -148,7 +148,9 @@ def _intervals(length, num_frames):
     bounds = np.linspace(0, length, min(num_frames, length) + 1).astype(int).tolist()
     return [(a, b - 1) for a, b in zip(bounds, bounds[1:])]
 
-def _pad(indices, num_frames): return indices + indices[-1:]*(num_frames - len(indices))
+def _pad(indices, num_frames):
+    "Repeats the last index until there are enough"
+    return indices + indices[-1:]*(num_frames - len(indices))
 
 def rand_indices(
     length: int, # frames in the video
@@ -157,7 +159,8 @@ def rand_indices(
 ) -> list[int]: # frame numbers, ascending
     "Stage 2 training (`rand`): a random frame of each interval"
     intervals = _intervals(length, num_frames)
-    if all(a < b for a, b in intervals): return _pad([_randint(a, b, 1, generator)[0] for a, b in intervals], num_frames)
+    if all(a < b for a, b in intervals):
+        return _pad([_randint(a, b, 1, generator)[0] for a, b in intervals], num_frames)
     return _pad(sorted(torch.randperm(length, generator=generator)[:num_frames].tolist()), num_frames)
 
 # %% ../../nbs/data/01_sampling.ipynb #57c50599
@@ -187,7 +190,7 @@ SAMPLING = dict(
     middle=middle_indices,
 )
 
-# %% ../../nbs/data/01_sampling.ipynb #112f0d93
+# %% ../../nbs/data/01_sampling.ipynb #d9fb62c1
 def check_sampling(
     mode: str, # a name in `SAMPLING`
     num_segments: int = 1, # test clips of a video, from different times
@@ -198,7 +201,8 @@ def check_sampling(
     if num_segments < 1: raise ValueError(f'num_segments={num_segments}: expected 1 or more')
     several = [name for name, rule in SAMPLING.items() if {'clip', 'num_clips'} <= set(signature(rule).parameters)]
     if num_segments > 1 and mode not in several:
-        raise ValueError(f'mode {mode!r} has one clip per video, num_segments is {num_segments}: expected one of {several}')
+        one_clip = f'mode {mode!r} has one clip per video, num_segments is {num_segments}'
+        raise ValueError(f'{one_clip}: expected one of {several}')
 
 # %% ../../nbs/data/01_sampling.ipynb #f478cce4
 def frame_indices(

@@ -35,7 +35,8 @@ class Manifest:
 
     def __len__(self): return len(self.paths)
 
-    def __repr__(self): return f'{type(self).__name__}({len(self)} clips under {self.root}, columns {list(self.columns)})'
+    def __repr__(self):
+        return f'{type(self).__name__}({len(self)} clips under {self.root}, columns {list(self.columns)})'
 
     def name(self, index: int) -> str:
         "The path of clip `index`, as it is in the list"
@@ -65,7 +66,8 @@ def absolute_path(
     root: str, # absolute folder
     path: str, # relative to it, or absolute
 ) -> str: # absolute path, links not followed
-    "Where a path leads; `ValueError` if that is outside the root. A file name without a dot gets `.mp4`, as in the reference"
+    """Where a path leads; `ValueError` if that is outside the root. A file name without a dot gets `.mp4`, as in the
+    reference"""
     if '.' not in os.path.basename(path): path += '.mp4'
     full = os.path.normpath(os.path.join(root, path))
     if _below(root, full) or _below(os.path.realpath(root), full): return full
@@ -189,7 +191,8 @@ def file_rows(
     if suffix == '.json': return json_rows(file)
     if suffix == '.jsonl': return jsonl_rows(file)
     lines = file.read_text(encoding='utf-8-sig', errors='replace').split('\n')
-    if columns[0] in [f.strip('"\r') for f in lines[0].split(separator or ',')]: return _csv_rows(lines, separator or ',')
+    first = [field.strip('"\r') for field in lines[0].split(separator or ',')]
+    if columns[0] in first: return _csv_rows(lines, separator or ',')
     if len(columns) == 2: _refuse_raw_frames(file, lines)
     return _list_rows(lines, columns, separator)
 

@@ -54,7 +54,8 @@ def _open(path):
     "The container and its main video stream, or the `VideoError` that says why not"
     try: status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as e: raise MissingVideo(path, 'no such file') from e
-    except OSError as e: raise UnreadableVideo(path, f'cannot be opened ({e.strerror})') from e # links in a circle, rights
+    except OSError as e: # links in a circle, rights
+        raise UnreadableVideo(path, f'cannot be opened ({e.strerror})') from e
     if not stat.S_ISREG(status.st_mode): raise UnreadableVideo(path, 'not a file')
     if status.st_size == 0: raise EmptyVideo(path, 'the file has no bytes')
     try: container = av.open(str(path), metadata_errors='replace') # titles need not be UTF-8
@@ -147,7 +148,8 @@ def _pyav(info, indices, num_threads):
         stream.codec_context.thread_count = num_threads
         try:
             for i, frame in enumerate(container.decode(stream)):
-                turns = 0 if frame.rotation % 90 else frame.rotation//90 # quarter turns; other angles are left as they are
+                # quarter turns; other angles are left as they are
+                turns = 0 if frame.rotation % 90 else frame.rotation//90
                 if i in wanted: frames.append(np.rot90(frame.to_ndarray(format='rgb24'), turns))
                 if i == indices[-1]: break
         except av.FFmpegError as e: raise UnreadableVideo(info.path, f'pyav: {e.strerror}') from e

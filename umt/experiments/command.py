@@ -39,3 +39,5 @@ def main(
     module = COMMANDS[name][0]
     if not {'-h', '--help'} & set(rest): return importlib.import_module(module).main(rest)
     with stubbed_libraries(): importlib.import_module(module).main(rest)
+
+if __name__ == '__main__' and '__file__' in globals(): main()
