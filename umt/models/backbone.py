@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['Grid', 'POSITIONS', 'COMPILE', 'BLOCK_LISTS', 'sinusoid_table', 'resize_positions', 'grids_of', 'position_table',
-           'gather_rows', 'gather_patches', 'Attention', 'PatchEmbed', 'LayerNorm', 'init_linear', 'same_frame',
-           'token_grid', 'count_tokens', 'VideoTransformer', 'positions_for', 'keep_positions', 'carry_positions',
-           'transformer_blocks', 'compile_blocks']
+           'resize_frame_positions', 'gather_rows', 'gather_patches', 'Attention', 'PatchEmbed', 'no_autocast',
+           'LayerNorm', 'init_linear', 'same_frame', 'token_grid', 'count_tokens', 'VideoTransformer', 'positions_for',
+           'keep_positions', 'carry_positions', 'transformer_blocks', 'compile_blocks']
 
 # %% ../../nbs/models/02_backbone.ipynb #1d0b7141
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import pairwise
-from math import prod
+from math import isqrt, prod
 
 # %% ../../nbs/models/02_backbone.ipynb #de9a2232
 import torch
@@ -70,6 +71,18 @@ def position_table(
     for old, new in pairwise(grids): table = resize_positions(table, old, new)
     return table
 
+# %% ../../nbs/models/02_backbone.ipynb #fbf93db4
+def resize_frame_positions(
+    positions: torch.Tensor, # [1 + grid**2, W], class token first
+    grid: int, # patches along one side
+) -> torch.Tensor: # [1 + grid**2, W]
+    "Bicubic resize of the learned positions of a frame to another grid; the class token's stays"
+    old = isqrt(len(positions) - 1)
+    if old == grid: return positions
+    image = positions[1:].mT.reshape(1, -1, old, old)
+    image = F.interpolate(image, (grid, grid), mode='bicubic', align_corners=False)
+    return torch.cat([positions[:1], image.flatten(2)[0].mT])
+
 # %% ../../nbs/models/02_backbone.ipynb #dfbfecec
 def gather_rows(
     x: torch.Tensor, # [B, N, D]
@@ -113,6 +126,14 @@ class PatchEmbed(nn.Module):
         patches = gather_patches(video, tubelet_size, patch_size, index)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
+# %% ../../nbs/models/02_backbone.ipynb #7f6648b5
+def no_autocast(
+    device: torch.device, # of the tensors
+) -> AbstractContextManager: # within which operations keep the types of their inputs
+    "Autocast off, where the device has it (`meta` has not)"
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
 # %% ../../nbs/models/02_backbone.ipynb #f4eac103
 class LayerNorm(nn.LayerNorm):
     "The student's norm: eps 1e-6, and under autocast in the type of its input, with no copy of it in float32"
@@ -121,7 +142,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x):
         kind = x.device.type
         if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind): return super().forward(x)
-        with torch.autocast(kind, enabled=False):
+        with no_autocast(x.device):
             return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 # %% ../../nbs/models/02_backbone.ipynb #2eec9084
@@ -173,7 +194,7 @@ def count_tokens(
 
 # %% ../../nbs/models/02_backbone.ipynb #1c42ee2a
 class VideoTransformer(nn.Module):
-    "Plain video ViT: patches, fixed positions, pre-norm blocks; no class token. Raises ValueError for sizes that do not fit"
+    "Plain video ViT: patches, fixed positions, pre-norm blocks; no class token. Raises ValueError for bad sizes"
     def __init__(self,
         image_size: int = 224, # height and width in pixels
         patch_size: int = 16, # pixels per side of a patch
