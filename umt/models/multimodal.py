@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbone import LayerNorm
+from .backbone import LayerNorm, positions_for
 from .masking import Visible
 from .objectives import match_negatives, mlm_loss, similarity, vtc_loss, vtm_loss
 from .student import Student, token_index
@@ -249,7 +249,8 @@ def multimodal_from(
     have = len(student.alignment_heads)
     keep = have if aligned_layers is None else aligned_layers
     if not 0 <= keep <= have: raise ValueError(f'aligned_layers={keep}, but the student has {have} alignment heads')
-    config = student.config | dict(align_eps=1e-5) | encoder | dict(aligned_layers=keep)
+    clips = positions_for(student.config, encoder.get('num_frames'), encoder.get('image_size'), 'extend')
+    config = student.config | dict(align_eps=1e-5) | clips | encoder | dict(aligned_layers=keep)
     model = Multimodal(config, text.config, embed_dim, temperature)
     model.student.encoder.load_state_dict(student.encoder.state_dict())
     kept = student.alignment_heads[have - keep:]

@@ -12,7 +12,7 @@ __all__ = ['PUBLISHED_HEADS', 'ACTIVATIONS', 'NANO', 'NANO_OPTIONS', 'read_visua
 import logging, math
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -29,23 +29,23 @@ from ..core.config import Config, FilePath, option
 from ..data.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from .backbone import gather_rows, no_autocast, resize_frame_positions
 from .masking import EvenVisible, Visible, no_mask
-from .weights import read_tensors, refuse_torchscript
+from .weights import WeightsError, load_strictly, read_state_dict, refuse_wrong_file
 
 # %% ../../nbs/models/03_teachers.ipynb #60410cdc
 def read_visual(
-    path: str | Path, # see `read_tensors`
+    path: str | Path, # see `read_state_dict`
 ) -> dict[str, Tensor]: # OpenAI's names without a prefix, float32
-    "The visual half of a CLIP in a file of it, of the whole CLIP, or of Stage 2; `ValueError` if there is none"
-    state = read_tensors(path)
+    "The visual half of a CLIP in a file of it, of the whole CLIP, or of Stage 2; `WeightsError` if there is none"
+    state = read_state_dict(path)
     prefix = next((p for p in ('clip_teacher.', 'visual.') if any(k.startswith(p) for k in state)), '')
     visual = {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}
     if 'conv1.weight' not in visual or 'class_embedding' not in visual:
         missing = "no visual half of an OpenAI-style CLIP ('conv1.weight', 'class_embedding')"
-        raise ValueError(f'{path}: {missing} among {sorted(state)[:4]}...')
+        raise WeightsError(f'{path}: {missing} among {sorted(state)[:4]}...')
     patches = visual['conv1.weight']
     if patches.ndim == 5 and patches.shape[2] == 1: visual['conv1.weight'] = patches[:, :, 0]
     elif patches.ndim != 4:
-        raise ValueError(f"{path}: 'conv1.weight' {list(patches.shape)} is no convolution over single frames")
+        raise WeightsError(f"{path}: 'conv1.weight' {list(patches.shape)} is no convolution over single frames")
     return visual
 
 # %% ../../nbs/models/03_teachers.ipynb #baa4a324
@@ -68,18 +68,22 @@ def build_visual(
     state: dict[str, Tensor], # from `read_visual`
     num_heads: int | None = None, # attention heads; None = as the published CLIP of that width has it
     activation: str = 'quick_gelu', # 'quick_gelu' (OpenAI's, MetaCLIP's, DFN's) or 'gelu' (LAION's)
-) -> VisionTransformer: # open_clip's module with these weights
+    path: str | Path = 'weights', # where they are from, for messages
+) -> VisionTransformer: # open_clip's module with these weights, and a `load_report`
     "A vision transformer of the sizes that the weights have; `ValueError` if its heads are not known"
     if activation not in ACTIVATIONS: raise ValueError(f'activation={activation!r}: expected one of {[*ACTIVATIONS]}')
     width, _, patch, _ = state['conv1.weight'].shape
     layers = len({k.split('.')[2] for k in state if k.startswith('transformer.resblocks.')})
+    first = 'transformer.resblocks.0.mlp.c_fc.weight'
+    if missing := [name for name in ('positional_embedding', 'proj', first) if name not in state]:
+        raise WeightsError(f'{path}: not the visual half of a CLIP, no {missing[0]}')
     grid = math.isqrt(len(state['positional_embedding']) - 1)
-    mlp_ratio = len(state['transformer.resblocks.0.mlp.c_fc.weight']) / width
+    mlp_ratio = len(state[first]) / width
     options = dict(output_dim=state['proj'].shape[1], act_layer=ACTIVATIONS[activation])
     with torch.device('meta'): # shapes only: no time spent on numbers that are replaced at once
         visual = VisionTransformer(
             grid * patch, patch, width, layers, heads_of(width, num_heads), mlp_ratio, **options)
-    visual.load_state_dict(state, assign=True)
+    load_strictly(visual, state, {name: name for name in visual.state_dict()}, path, assign=True)
     return visual
 
 # %% ../../nbs/models/03_teachers.ipynb #dbbea28c
@@ -307,7 +311,7 @@ def open_clip_visual(
 ) -> VisionTransformer:
     "The image half of an open_clip model; `ValueError` for unknown weights, or if it is no plain vision transformer"
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained and Path(pretrained).is_file(): refuse_torchscript(pretrained)
+    if pretrained and Path(pretrained).is_file(): refuse_wrong_file(pretrained)
     elif pretrained not in (*tags, 'random'):
         expected = ', '.join([*map(repr, tags), 'a file'])
         raise ValueError(f"{name}: pretrained={pretrained!r}, expected {expected} or 'random'")
@@ -331,11 +335,13 @@ def file_visual(
     activation: str | None = None, # 'quick_gelu' or 'gelu'; None only for Stage-2 files of the reference
 ) -> VisionTransformer:
     "The network in a weights file; `ValueError` if its heads or its activation are not known"
-    if activation is None and any(name.startswith('clip_teacher.') for name in read_tensors(path)):
+    if activation is None and any(name.startswith('clip_teacher.') for name in read_state_dict(path)):
         activation = 'quick_gelu'
     if activation is None:
         raise ValueError(f"{path}: its activation is not known: pass activation='quick_gelu' (as OpenAI's) or 'gelu'")
-    try: return build_visual(read_visual(path), num_heads, activation)
+    state = read_visual(path)
+    try: return build_visual(state, num_heads, activation, path)
+    except WeightsError: raise
     except ValueError as error: raise ValueError(f'{path}: {error}') from None
 
 # %% ../../nbs/models/03_teachers.ipynb #5c1020ad
@@ -362,6 +368,9 @@ def load_teacher(
         patch = visual.patch_size[0]
         if image_size % patch: raise ValueError(f'image_size={image_size} is no multiple of the patch size {patch}')
         grid = image_size // patch
+        if grid != visual.grid_size[0] and hasattr(visual, 'load_report'):
+            resized = f'positional_embedding {visual.grid_size[0]**2} -> {grid**2} patches'
+            visual.load_report = replace(visual.load_report, interpolated=(resized,))
         visual.positional_embedding = nn.Parameter(resize_frame_positions(visual.positional_embedding.data, grid))
         visual.image_size, visual.grid_size = (image_size, image_size), (grid, grid)
     return Teacher(visual, aligned_layers or min(6, visual.transformer.layers), input_statistics, dtype)

@@ -35,10 +35,10 @@ from ..core.seeds import seeded
 from ..data.annotations import read_classes
 from ..data.augmentation import Mixup
 from ..data.tables import Manifest
-from ..models.backbone import resize_positions
+from ..models.backbone import keep_positions, resize_positions
 from ..models.heads import FrameRecognizer, Recognizer, recognizer_from
 from ..models.multimodal import Multimodal
-from ..models.published import keep_positions, load_model, load_published, save_config
+from ..models.published import load_model, load_published, save_config
 from ..models.student import SIZES, Student
 from ..models.teachers import load_teacher
 from .evaluators import DataConfig, ViewDataset, build_datasets, evaluate, fingerprint, predict, read_list
@@ -74,7 +74,7 @@ def load_start(
     "The pre-trained or fine-tuned network that `init` names, found from its files; of a Stage-2 model its student. Raises FileNotFoundError if there is none."
     path = Path(config.init)
     if not path.exists(): raise FileNotFoundError(f"init {config.init!r}: expected 'scratch', 'teacher', a run directory or a published file")
-    start = load_model(path) if path.is_dir() else load_published(path, config.image_size, config.num_frames)
+    start = load_model(path) if path.is_dir() else load_published(path)
     return start.student if isinstance(start, Multimodal) else start
 
 # %% ../../nbs/tasks/03_recognition.ipynb #37bdac85
@@ -83,11 +83,9 @@ def start_from(
     config: RecognitionConfig, # sizes, drop_path
 ) -> Recognizer: # encoder and, if there is one, `fc_norm` of the start; a fresh classifier
     "A recogniser for this task's sizes that goes on from another network."
-    table = start.encoder.state_dict().get('positions') # only if it came out of a file
-    if table is not None: start.encoder.register_buffer('positions', table, persistent=False)
-    model = recognizer_from(start, config.num_classes, image_size=config.image_size, num_frames=config.num_frames, drop_path=config.drop_path,
-                            pool_grid=config.pool_grid, checkpoint_blocks=config.checkpoint_blocks)
-    if table is not None: keep_positions(model, resize_positions(table, start.encoder.grid, model.encoder.grid))
+    changes = dict(image_size=config.image_size, num_frames=config.num_frames, drop_path=config.drop_path)
+    changes |= dict(pool_grid=config.pool_grid, checkpoint_blocks=config.checkpoint_blocks)
+    model = recognizer_from(start, config.num_classes, **changes)
     if isinstance(start, Recognizer): model.fc_norm.load_state_dict(start.fc_norm.state_dict())
     return model
 

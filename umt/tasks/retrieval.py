@@ -21,6 +21,7 @@ from ..core.files import complete, write_json
 from ..core.log import quiet_beside_main
 from ..data.galleries import Gallery, describe_gallery, existing_videos, read_gallery
 from ..models.multimodal import Multimodal
+from ..models.fitting import fit_to
 from ..models.published import load_model, load_multimodal
 from ..models.text import Tokenizer
 from .ranking import RetrievalConfig, gallery_metrics, score_gallery
@@ -68,13 +69,7 @@ def for_videos(
     image_size: int, # the same, pixels
 ) -> Multimodal: # the same model, or a copy for these videos
     "Fit a model's positions to other videos."
-    student, grid = model.student.config, model.student.encoder.grid
-    if (student['num_frames'], student['image_size']) == (num_frames, image_size): return model
-    base = student['base_grid']
-    if image_size != student['image_size']: base = base or (num_frames // student['tubelet_size'], *grid[1:])
-    new = Multimodal(**model.config | dict(student=student | dict(num_frames=num_frames, image_size=image_size, base_grid=base)))
-    new.load_state_dict(model.state_dict())
-    return new
+    return fit_to(model, num_frames, image_size)
 
 # %% ../../nbs/tasks/06_retrieval.ipynb #d9eb4866
 def load_start(
@@ -87,7 +82,7 @@ def load_start(
         if trained.get(theirs, getattr(config, mine)) != getattr(config, mine):
             raise ValueError(f'{mine} {getattr(config, mine)!r}, but {config.init} was trained with {theirs} {trained[theirs]!r}')
     if path.is_dir(): model = load_model(path)
-    elif path.is_file(): model = load_multimodal(path, config.image_size, config.num_frames)
+    elif path.is_file(): model = load_multimodal(path)
     else: raise FileNotFoundError(f'init {config.init!r}: expected a run directory or a published file')
     if not isinstance(model, Multimodal): raise ValueError(f'{config.init} is a {type(model).__name__}, which knows no texts; retrieval needs a model of Stage 2')
     return for_videos(model, config.num_frames, config.image_size)

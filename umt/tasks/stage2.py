@@ -189,7 +189,7 @@ def model_from(
     config: Stage2Config, # sizes, text
 ) -> Multimodal: # with the start's weights
     "The model that goes on from a student, or from an earlier Stage 2."
-    encoder = dict(num_frames=config.num_frames, image_size=config.image_size, drop_path=config.drop_path, checkpoint_blocks=config.checkpoint_blocks, base_grid=None)
+    encoder = dict(num_frames=config.num_frames, image_size=config.image_size, drop_path=config.drop_path, checkpoint_blocks=config.checkpoint_blocks)
     layers = config.aligned_layers if config.uta_weight else 0
     changes = dict(checkpoint_layers=config.checkpoint_layers, hidden_dropout_prob=config.text_dropout, attention_probs_dropout_prob=config.text_dropout)
     if isinstance(start, Multimodal):
