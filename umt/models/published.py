@@ -288,7 +288,8 @@ def save_config(
 ):
     "Write `model.json`: the class of `model` and its arguments"
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder)/'model.json').write_text(json.dumps(dict(model=type(model).__name__, **model.config), indent=1) + '\n')
+    kind = next(cls.__name__ for cls in type(model).__mro__ if cls in RENAMED) # a sharded model is of a subclass
+    (Path(folder)/'model.json').write_text(json.dumps(dict(model=kind, **model.config), indent=1) + '\n')
 
 # %% ../../nbs/models/10_published.ipynb #c3e64a29
 def save_model(
