@@ -8,12 +8,12 @@ __all__ = ['write_mp4', 'video_path', 'generate', 'still_spec', 'generate_stills
 
 # %% ../../nbs/data/05_emoji_motion.ipynb #4a59cc52
 import fcntl
+import inspect
 import json
-import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
