@@ -6,7 +6,8 @@
 __all__ = ['ScoringConfig', 'InferenceConfig', 'StartConfig', 'RankingConfig', 'target_ranks', 'retrieval_metrics',
            'gallery_metrics', 'host_rows', 'VideoIndex', 'autocast_as', 'gather_failures', 'encode_videos',
            'index_videos', 'TextIndex', 'shared_rows', 'encode_texts', 'dual_scores', 'top_items', 'match_scores',
-           'score_gallery', 'Ranked', 'rank_gallery', 'vocabulary_hash', 'trained_text', 'check_tokenizer']
+           'score_gallery', 'Ranked', 'rank_gallery', 'vocabulary_hash', 'trained_text', 'check_tokenizer',
+           'position_base']
 
 # %% ../../nbs/tasks/04_ranking.ipynb #7f6ef7f9
 import os, sys, tempfile
@@ -314,6 +315,7 @@ def match_scores(
     quiet = not accelerator.is_main_process or not sys.stderr.isatty()
     for i in tqdm(range(len(wanted)), 're-ranking', disable=quiet):
         which = wanted[i].nonzero()[:, 0]
+        if not len(which): continue # it could not be decoded
         tokens = index.tokens[i:i + 1].to(device).float()
         for part in which[lengths[which].argsort(stable=True)].split(config.scoring.match_batch_size):
             hidden, mask = texts.pad(part)
@@ -416,3 +418,15 @@ def check_tokenizer(
     positions = text['max_position_embeddings']
     if max_length > positions:
         raise ValueError(f'max_length {max_length}: the model of {init} has {positions} positions')
+
+# %% ../../nbs/tasks/04_ranking.ipynb #71c0aa07
+def position_base(
+    student: dict, # `config` of a student, or arguments of one
+    num_frames: int, # of the videos to come
+    image_size: int, # the same, pixels
+) -> tuple[int, int, int] | None: # `base_grid` of its `VideoTransformer`
+    "Which grid's positions are resized; None if none are."
+    base, times = student.get('base_grid'), num_frames // student.get('tubelet_size', 1)
+    if base: return times, *base[1:]
+    side = student['image_size'] // student['patch_size']
+    return None if image_size == student['image_size'] else (times, side, side)
