@@ -39,7 +39,8 @@ from .evaluators import InferenceConfig, accuracy, evaluate as evaluate_model, e
 from .recognizers import (
     WORDS, SavedStartConfig, StartConfig, build_model, build_saved, carry_head, check_start, match_classes)
 from .task import Parts, Task, check_init, dry_run as plan, main as run_command, run
-from ..training.distributed import compile_network, split_batch
+from ..models.backbone import compile_blocks
+from ..training.distributed import split_batch
 from ..training.loop import Evaluator, TrainConfig
 from ..training.schedule import layer_groups, weight_decay_groups
 
@@ -212,7 +213,7 @@ class RecognitionEvaluation(Task):
 
     def evaluate(self, config, data, model):
         model, differs = build_saved(config, data.names, data.num_classes)
-        compile_network(model, config.device.compile)
+        compile_blocks(model, config.device.compile)
         if is_main_process() and not (Path(config.run_dir)/'config.json').exists():
             Path(config.run_dir).mkdir(parents=True, exist_ok=True)
             write_json(Path(config.run_dir)/'config.json', config_dict(config))

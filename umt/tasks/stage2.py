@@ -40,7 +40,8 @@ from .continuing import check_tokenizer, position_base, saved_config, vocabulary
 from .ranking import rank_gallery
 from .stage2_recipes import PRESETS, PUBLISHED, PairsOptimizerConfig, Stage2Config, TextConfig, unmasked
 from .task import Parts, Task, check_init, content_hash, dry_run as plan, load_start, main as run_command, run
-from ..training.distributed import COMPUTE_DTYPE, compile_network
+from ..models.backbone import compile_blocks
+from ..training.distributed import COMPUTE_DTYPE
 from ..training.schedule import weight_decay_groups
 from ..training.session import Evaluator
 
@@ -331,7 +332,7 @@ class Stage2(Task):
         teacher, model = build_models(config)
         flops, sizes = flops_per_pair(config, teacher, model), {m: len(rows) for m, rows in data.train.media.items()}
         loss_fn = pretraining_loss(config, teacher, prod(model.student.encoder.grid[1:]))
-        if teacher: compile_network(teacher, config.teacher.compile)
+        if teacher: compile_blocks(teacher, config.teacher.compile)
         return Parts(
             model=model, dataset=data.train, loss_fn=loss_fn,
             frozen=(teacher,) if teacher else (), param_groups=param_groups(config.optimizer, model),
