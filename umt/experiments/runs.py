@@ -157,7 +157,9 @@ class Chain:
     @property
     def task(self) -> Config: return self.configs[-1]
 
-RUN_BY = {'RetrievalConfig': 'umt.tasks.retrieval'} # defined in `umt.tasks.ranking`
+RUN_BY = {
+    'RecognitionConfig': 'umt.tasks.recognition', 'Stage2Config': 'umt.tasks.stage2',
+    'RetrievalConfig': 'umt.tasks.retrieval'} # class -> module, where they may be apart
 
 def module_of(
     config: Config, # of a run
