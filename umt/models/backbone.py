@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Grid', 'POSITIONS', 'COMPILE', 'BLOCK_LISTS', 'sinusoid_table', 'resize_positions', 'grids_of', 'position_table',
            'resize_frame_positions', 'gather_rows', 'gather_patches', 'Attention', 'PatchEmbed', 'no_autocast',
-           'LayerNorm', 'init_linear', 'same_frame', 'token_grid', 'count_tokens', 'block_outputs', 'VideoTransformer',
-           'positions_for', 'keep_positions', 'carry_positions', 'transformer_blocks', 'compile_blocks']
+           'LayerNorm', 'init_linear', 'same_frame', 'token_grid', 'count_tokens', 'layers_from_top', 'block_outputs',
+           'VideoTransformer', 'positions_for', 'keep_positions', 'carry_positions', 'transformer_blocks',
+           'compile_blocks']
 
 # %% ../../nbs/models/02_backbone.ipynb #1d0b7141
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ def grids_of(
 def position_table(
     grid: Grid, # of the clips at hand
     dim: int, # channels
-    base_grid: Grid | Sequence[Grid] | None = None, # grid of the training; several = one training after another; None = `grid`
+    base_grid: Grid | Sequence[Grid] | None = None, # grid of the training; several = one after another; None = `grid`
 ) -> torch.Tensor: # float32 [time * rows * columns, dim]
     "The positions of a model: the sinusoid of the first grid, resized from each grid to the next, and to `grid`"
     grids = [*grids_of(base_grid), tuple(grid)]
@@ -192,6 +193,18 @@ def count_tokens(
             raise ValueError(f'an image, but the positions were squeezed in time, from {old} to {new}')
     return prod(grid[1:])
 
+# %% ../../nbs/models/02_backbone.ipynb #6075c6b1
+def layers_from_top(
+    depth: int, # number of blocks
+    layers: int, # K, how many of them
+    interval: float = 1., # from one to the next
+) -> tuple[int, ...]: # ascending, 0 = the first block
+    "The blocks that are aligned. Raises ValueError if there are not so many"
+    wanted = sorted(depth - 1 - int(i * interval) for i in range(layers))
+    if interval < 1 or wanted and wanted[0] < 0:
+        raise ValueError(f'{layers} layers, {interval} apart, do not fit {depth} blocks')
+    return tuple(wanted)
+
 # %% ../../nbs/models/02_backbone.ipynb #018a719a
 def block_outputs(
     encoder: nn.Module, # a `VideoTransformer`
@@ -289,7 +302,7 @@ def positions_for(
     config: dict, # arguments of the `VideoTransformer` that was trained
     num_frames: int | None = None, # of the clips to come; None = as trained
     image_size: int | None = None, # of the clips to come, pixels; None = as trained
-    positions: str = 'resize', # the old table over space and time; 'extend': over space, time goes on; 'fresh': a new table
+    positions: str = 'resize', # the old table, over space and time; 'extend': over space only; 'fresh': a new one
 ) -> dict: # num_frames, image_size, base_grid: what changes in `config`
     "The positions of trained weights for other clips. Raises ValueError for an unknown rule and sizes that do not fit"
     if positions not in POSITIONS: raise ValueError(f'positions={positions!r}: expected one of {POSITIONS}')

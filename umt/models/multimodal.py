@@ -67,7 +67,7 @@ class DualEncoder(nn.Module):
     ) -> EncodedVideo:
         index = token_index(self.student.encoder, video, visible)
         heads = len(self.student.alignment_heads) if align and index is not None else 0
-        layers = self.student.encoder.forward_intermediates(video, max(heads, 1), index)
+        layers = self.student.encoder.forward_intermediates(video, self.student.aligned if heads else 1, index)
         frames = 1 if index is not None else video.shape[2] // self.student.config['tubelet_size']
         pooled = self.pool_norm(layers[-1].unflatten(1, (frames, -1)).mean(2))
         return EncodedVideo(layers[-1], pooled, self.student.align(layers, index) if heads else None)
@@ -154,6 +154,7 @@ class Multimodal(DualEncoder):
         group_size: int | None = None, # see `umt.models.objectives.match_negatives`
         hardness: float = 1., # of `vtm`'s negatives: 1 = drawn by similarity / temperature (reference), 0 = uniformly
         loss: str = 'l2', # see `umt.models.targets.uta_loss`
+        negatives: tuple[Tensor, Tensor] | None = None, # for 'vtm': videos for the texts, texts for the videos; None = draw
     ) -> dict[str, Tensor]: # loss -> float32 scalar without its weight, for those that have one
         "Raises ValueError for wrong weights, and for losses that need what is not there"
         wanted = wanted_losses(weights)
@@ -162,7 +163,8 @@ class Multimodal(DualEncoder):
             with torch.no_grad(): self.temperature.clamp_(*TEMPERATURE)
         video = self.encode_video(batch['video'], visible, align='uta' in wanted)
         losses = {'uta': uta_loss(video.aligned, target, loss)} if 'uta' in wanted else {}
-        return losses | language_losses(self, wanted, batch, video, gradient, group_size, hardness)
+        return losses | language_losses(
+            self, wanted, batch, video, gradient, group_size, hardness, negatives)
 
 # %% ../../nbs/models/09_multimodal.ipynb #403254d6
 def check_needs(
@@ -191,6 +193,7 @@ def language_losses(
     gradient: str, # as for `Multimodal.forward`
     group_size: int | None, # as for `Multimodal.forward`
     hardness: float, # as for `Multimodal.forward`
+    negatives: tuple[Tensor, Tensor] | None = None, # as for `Multimodal.forward`
 ) -> dict[str, Tensor]: # loss -> float32 scalar
     "Those of the losses that read the captions"
     contrast, matching, guessing = (name in wanted for name in ('vtc', 'vtm', 'mlm'))
@@ -202,7 +205,9 @@ def language_losses(
     if contrast: losses['vtc'] = vtc_loss(*unit, batch['sample_id'], model.temperature, gradient)
     if matching:
         logits = hardness * similarity(*unit) / model.temperature
-        other_video, other_text, exists = match_negatives(logits, batch['sample_id'], batch['key'], group_size)
+        drawn = match_negatives(logits, batch['sample_id'], batch['key'], group_size)
+        other_video, other_text = negatives or drawn[:2]
+        exists = drawn[2]
         texts = [hidden[0], hidden[0][other_text], *texts]
         masks = [attention, attention[other_text], *masks]
     if texts: fused = fuse_captions(model, texts, masks, video.tokens)

@@ -16,19 +16,22 @@ from torch import nn
 
 # %% ../../nbs/models/04_student.ipynb #3e84c6bf
 from ..core.config import Config, free, option
-from .backbone import VideoTransformer, init_linear
+from .backbone import VideoTransformer, init_linear, layers_from_top
 from .masking import Visible
 
 # %% ../../nbs/models/04_student.ipynb #893b9418
 class AlignmentHead(nn.Module):
-    "From the student's width to the teacher's: linear, LayerNorm, unit length in float32"
-    def __init__(self, dim, target_dim, norm_eps=1e-6):
+    "From the student's width to the teacher's: linear, LayerNorm, unit length (if wanted) in float32"
+    def __init__(self, dim, target_dim, norm_eps=1e-6, unit_tokens=True):
         super().__init__()
+        self.unit_tokens = unit_tokens
         self.head = nn.Linear(dim, target_dim)
         self.norm = nn.LayerNorm(target_dim, eps=norm_eps)
         self.apply(init_linear)
 
-    def forward(self, x): return F.normalize(self.norm(self.head(x)).float(), dim=-1)
+    def forward(self, x):
+        x = self.norm(self.head(x)).float()
+        return F.normalize(x, dim=-1) if self.unit_tokens else x
 
 # %% ../../nbs/models/04_student.ipynb #86722647
 def token_index(
@@ -50,15 +53,19 @@ class Student(nn.Module):
         aligned_layers: int = 6, # K: align the outputs of the last K blocks; 0 = no heads
         target_dim: int = 512, # channels of the teacher's tokens
         align_eps: float = 1e-6, # of the heads' LayerNorm; the reference has 1e-6 in Stage 1, 1e-5 in Stage 2
+        layer_interval: float = 1., # from one aligned block to the next, from the top (`layers_from_top`)
+        unit_tokens: bool = True, # divide tokens by their length, as the teacher does
         **encoder, # arguments of `VideoTransformer`
     ):
         super().__init__()
         self.encoder = VideoTransformer(**encoder)
         heads = dict(aligned_layers=aligned_layers, target_dim=target_dim, align_eps=align_eps)
+        heads |= dict(layer_interval=layer_interval, unit_tokens=unit_tokens)
         self.config = heads | self.encoder.config
         depth, dim = self.config['depth'], self.config['embed_dim']
         if not 0 <= aligned_layers <= depth: raise ValueError(f'{aligned_layers=}, but there are {depth} blocks')
-        head = partial(AlignmentHead, dim, target_dim, align_eps)
+        self.aligned = layers_from_top(depth, aligned_layers, layer_interval)
+        head = partial(AlignmentHead, dim, target_dim, align_eps, unit_tokens)
         self.alignment_heads = nn.ModuleList(head() for _ in range(aligned_layers))
 
     def align(self,
@@ -77,7 +84,7 @@ class Student(nn.Module):
         visible: Visible | None = None, # the tokens to compute; None = all
     ) -> torch.Tensor: # unit vectors [K, B, n, target_dim], shallow to deep
         index = token_index(self.encoder, video, visible)
-        layers = self.encoder.forward_intermediates(video, max(len(self.alignment_heads), 1), index)
+        layers = self.encoder.forward_intermediates(video, self.aligned or 1, index)
         return self.align(layers, index)
 
 # %% ../../nbs/models/04_student.ipynb #ad6de42f
