@@ -185,6 +185,6 @@ def test_help_groups_options_and_explains_them():
     done = subprocess.run([sys.executable, '-m', 'umt.experiments.command', 'stage1', '--help'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = ' '.join(re.sub('[│╭╮╰╯─]', ' ', done.stdout).split())
-    group = ('mask options', '--mask.ratio FLOAT', 'share of the tokens that are dropped', '{semantic,random,tube,none}')
+    group = ('mask options', '--mask.ratio FLOAT', 'share of tokens dropped', '{semantic,random,tube,none}')
     for expected in (*group, '--preset'):
         assert expected in text

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/experiments/05_presets.ipynb #8518fbd9
-from ..core.config import TrainConfig, did_you_mean, override
+from ..core.config import Config, did_you_mean, override
 from .launchers import check_launcher
 from .runs import NUMERICS, Chain, module_of, option_of, run
 from ..tasks import recognition, retrieval, stage1, stage2
 
 # %% ../../nbs/experiments/05_presets.ipynb #f2be226b
-def _emoji(pretrain: TrainConfig, task: TrainConfig) -> dict[str, Chain]:
+def _emoji(pretrain: Config, task: Config) -> dict[str, Chain]:
     "Both tasks of EmojiMotion on the same pre-training."
     def on(kind, classes):
         lists = dict(train_list=f'{kind}_train.csv', val_list=f'{kind}_test.csv', num_classes=classes)
@@ -46,7 +46,7 @@ PRESETS = dict(
 GALLERIES = dict(
     msrvtt='MSRVTT', didemo='DiDeMo', activitynet='ActivityNet', lsmdc='LSMDC', msvd='MSVD') # of tables 11 and 17
 
-def _emoji_retrieval(pretrain: TrainConfig, multimodal: TrainConfig, num_videos: int, **evaluation) -> dict[str, Chain]:
+def _emoji_retrieval(pretrain: Config, multimodal: Config, num_videos: int, **evaluation) -> dict[str, Chain]:
     "Both galleries of EmojiMotion."
     multimodal = override(multimodal, emoji_clips=option_of(pretrain, 'emoji_clips'))
     galleries = {'unseen clips': override(retrieval.PRESETS['nano_emoji'], num_videos=num_videos),
