@@ -25,8 +25,8 @@ def config(tmp_path_factory):
     save_model(Student(2, 64, **SIZES), root/'student')
     config = override(
         stage2.PRESETS['quick_emoji'], data_root=str(root/'data'), run_dir=str(root/'straight'),
-        init=str(root/'student'), emoji_clips=12, emoji_stills=8, aligned_layers=2, batch_size=4, text_dropout=.1, drop_path=.1,
-        log_every=1, checkpoint_every=100)
+        init=str(root/'student'), emoji_clips=12, emoji_stills=8, aligned_layers=2, batch_size=4, text_dropout=.1,
+        drop_path=.1, log_every=1, checkpoint_every=100)
     stage2.pretrain(config)
     return config
 
