@@ -1,4 +1,4 @@
-"""Take the README's picture (frames, attention, what stays visible) out of an executed quickstart: `figure.py NOTEBOOK PNG`."""
+"""`figure.py NOTEBOOK PNG`: take the README's picture (frames, attention, visible patches) out of a quickstart."""
 import base64
 import io
 import sys

@@ -1,4 +1,4 @@
-"""Write README.md from nbs/index.ipynb, without the Quarto program that `nbdev_readme` needs. `--check` only compares."""
+"""Write README.md from nbs/index.ipynb, without Quarto, which `nbdev_readme` needs. `--check` only compares."""
 import re
 import sys
 from pathlib import Path

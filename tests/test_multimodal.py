@@ -124,7 +124,7 @@ def test_training_loop(tmp_path, precision):
         torch.manual_seed(0)
         return Multimodal(STUDENT, TEXT, embed_dim=8)
     config = TrainConfig(
-        run_dir=str(tmp_path), loop=dict(batch_size=8, epochs=4, log_every=1), optimizer=dict(lr=.1, clip_grad=1.),
+        run_dir=str(tmp_path), loop=dict(batch_size=8, epochs=4, log_every=1, clip_grad=1.), optimizer=dict(lr=.1),
         device=dict(precision=precision))
     model, again = fresh(), fresh()
     result = train(config, model, Pairs(), loss_fn)

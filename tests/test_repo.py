@@ -156,6 +156,16 @@ def test_other_notebooks_export_nothing(path):
         assert 'nbdev_export(' not in c.source and not {'export', 'default_exp'} & set(directive_names(c.source))
 
 
+@pytest.mark.parametrize('path', guides, ids=name)
+def test_guide_has_a_title_and_fits_the_window(path):
+    nb, prose = read(path), []
+    assert re.match(r'# \S.*\n\n> \S', nb.cells[0].source), 'the first cell is "# Title" and "> summary"'
+    for c in nb.cells:
+        if c.cell_type == 'markdown' and c.id != 'map':
+            prose += [line for line in c.source.split('\n') if len(line) > LINE and not line.startswith('|')]
+    assert prose == [], f'lines over {LINE} characters'
+
+
 def test_every_notebook_has_a_kind():
     "Library (in a floor's folder), guide, experiment, or the README."
     assert set(notebooks) - {*numbered, *guides, *experiments} == {root/'nbs/index.ipynb'}
@@ -396,7 +406,8 @@ def differences(a: Path, b: Path, pattern: str) -> list[str]:
 
 
 def test_export_clean_and_readme_change_nothing(copy):
-    for cmd in ([bin_dir/'nbdev_export'], [bin_dir/'nbdev_clean'], [sys.executable, '.ci/readme.py']):
+    scripts = [[sys.executable, f'.ci/{script}.py'] for script in ('rooms', 'readme')]
+    for cmd in ([bin_dir/'nbdev_export'], [bin_dir/'nbdev_clean'], *scripts):
         subprocess.run(cmd, cwd=copy, check=True, capture_output=True)
     assert differences(root, copy, 'umt/**/*.py') == []
     assert differences(root, copy, 'nbs/**/*.ipynb') == []
@@ -430,7 +441,7 @@ UNSEEN = { # installed, though no file imports it and no target calls it
 }
 
 
-def imported(source: str) -> dict[str, bool]:
+def imported(source: str, asked: bool = True) -> dict[str, bool]:
     "Packages that a file imports or asks for by `need('name', 'extra')`: is one of the imports outside of functions?"
     found = {}
 
@@ -440,7 +451,7 @@ def imported(source: str) -> dict[str, bool]:
             names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names = [node.module]
-        elif called(node) in ('need', 'importorskip'):
+        elif asked and called(node) in ('need', 'importorskip'):
             names = [a.value for a in node.args[:1] if isinstance(a, ast.Constant)]
         for top in (n.split('.')[0] for n in names):
             found[top] = found.get(top, False) or not inside
@@ -468,6 +479,17 @@ def test_what_the_library_imports_is_required_or_an_extra():
             if not provider(top) & (REQUIRED if outside else REQUIRED | optional):
                 where = ' outside of a function, where only requirements may be' if outside else ''
                 wrong.append(f'{name(path)} imports {top}{where}')
+    assert wrong == []
+
+
+def test_notebooks_run_with_what_the_first_command_installs():
+    "`make install`; the last cell of a room exports it, hence nbdev."
+    extras = re.search(r"install --quiet -e '\.\[(.*)\]'", (root/'Makefile').read_text())[1].split(',')
+    there = REQUIRED.union({'ipython'}, *(EXTRAS[e] for e in extras)) # a notebook's kernel is IPython
+    wrong = []
+    for path in notebooks:
+        at_once = [top for top, outside in imported(python_of(path), asked=False).items() if outside]
+        wrong += [f'{name(path)} imports {top}' for top in at_once if not provider(top) & there]
     assert wrong == []
 
 

@@ -12,7 +12,7 @@ def running_cluster(tmp_path_factory):
 
 @pytest.fixture
 def slurm(running_cluster, monkeypatch):
-    "SLURM's commands and submitit talk to the test cluster; jobs find the modules of this folder. Jobs that are left are cancelled."
+    "SLURM's commands and submitit talk to the test cluster; jobs find this folder's modules; left ones are cancelled."
     for name, value in running_cluster.items(): monkeypatch.setenv(name, value)
     monkeypatch.setenv('PYTHONPATH', str(Path(__file__).parent), prepend=os.pathsep)
     yield running_cluster

@@ -18,18 +18,21 @@ def executor(slurm, tmp_path):
 
 def results(job):
     "The results of a job that ends well; `job.results()` alone would wait forever for one that does not."
-    end = wait_until(lambda: state(job.job_id).startswith(('COMPLETED', 'FAILED', 'CANCELLED', 'TIMEOUT')) and state(job.job_id))
+    ends = 'COMPLETED', 'FAILED', 'CANCELLED', 'TIMEOUT'
+    end = wait_until(lambda: state(job.job_id).startswith(ends) and state(job.job_id))
     assert end.startswith('COMPLETED'), f'{end}\n{job.stderr()}'
     return job.results()
 
 def test_srun(slurm):
-    ranks = subprocess.run(['srun', '--ntasks=2', 'printenv', 'SLURM_PROCID'], check=True, capture_output=True, text=True).stdout
-    assert sorted(ranks.split()) == ['0', '1']
+    command = ['srun', '--ntasks=2', 'printenv', 'SLURM_PROCID']
+    ranks = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert sorted(ranks.stdout.split()) == ['0', '1']
 
 def test_submitit(executor):
     job = executor.submit(place, 40)
     assert results(job) == [(40, job.job_id), (41, job.job_id)]
-    assert Path(job.task(1).paths.stdout).name == f'{job.job_id}_1_log.out' and 'completed successfully' in job.task(1).stdout()
+    assert Path(job.task(1).paths.stdout).name == f'{job.job_id}_1_log.out'
+    assert 'completed successfully' in job.task(1).stdout()
 
 def test_distributed(executor):
     assert results(executor.submit(all_ranks)) == [[0, 1], [0, 1]]
@@ -44,7 +47,8 @@ def test_failed_job(executor):
     "Without accounting submitit does not see the end of a job that leaves no result; squeue does."
     job = executor.submit(sys.exit, 3)
     wait_until(lambda: state(job.job_id) == 'FAILED NonZeroExitCode')
-    assert 'ExitCode=3:0' in subprocess.run(['scontrol', 'show', 'job', job.job_id], capture_output=True, text=True).stdout
+    shown = subprocess.run(['scontrol', 'show', 'job', job.job_id], capture_output=True, text=True)
+    assert 'ExitCode=3:0' in shown.stdout
     assert not job.done() and job.state == 'UNKNOWN'
 
 def test_requeue(executor, tmp_path):
@@ -69,7 +73,9 @@ def running_under(folder):
         except OSError: pass
     return found
 
-@pytest.mark.parametrize('end', ['raise KeyboardInterrupt', 'os.kill(os.getpid(), signal.SIGKILL)'], ids=['interrupted', 'killed'])
+ENDS = {'interrupted': 'raise KeyboardInterrupt', 'killed': 'os.kill(os.getpid(), signal.SIGKILL)'}
+
+@pytest.mark.parametrize('end', ENDS.values(), ids=ENDS)
 def test_nothing_is_left(tmp_path, end):
     "A cluster of its own, with a task that ignores signals, under a process that ends badly."
     if reason := missing(): pytest.skip(reason)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% ../../nbs/models/06_heads.ipynb #f07352c7
-from .backbone import LayerNorm, VideoTransformer
+from .backbone import LayerNorm, VideoTransformer, carry_positions, positions_for
 from .student import Student
 from .teachers import Teacher, embed_frames
 
@@ -59,9 +59,10 @@ class Recognizer(nn.Module):
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self,
-        video: torch.Tensor, # [B, 3, T, H, W]
+        video: torch.Tensor | None = None, # [B, 3, T, H, W]
+        features: torch.Tensor | None = None, # or what the classifier reads, for a linear probe
     ) -> torch.Tensor: # logits [B, num_classes]
-        return self.forward_head(self.forward_features(video))
+        return self.forward_head(self.forward_features(video)) if features is None else self.head(features)
 
     def group_matcher(self, coarse=False):
         "For timm: patch embedding, then blocks, then (all that is not named) `fc_norm` and `head`"
@@ -69,15 +70,18 @@ class Recognizer(nn.Module):
 
 # %% ../../nbs/models/06_heads.ipynb #ebc40f61
 def recognizer_from(
-    student: Student, # the pre-trained student
+    start: Student | Recognizer, # a pre-trained student, or a recogniser of other classes
     num_classes: int, # outputs
-    **changes, # arguments of `Recognizer` and `VideoTransformer` that differ from the student's: frames, drop path, ...
-) -> Recognizer: # with a copy of the student's encoder and a fresh classifier
-    "A recogniser that starts from a student"
-    config = student.encoder.config
-    config = config | dict(base_grid=config['base_grid'] or student.encoder.grid) | changes
-    recognizer = Recognizer(num_classes, **config)
-    weights = {k: v for k, v in student.encoder.state_dict().items() if not k.startswith('norm.')}
+    **changes, # arguments of `Recognizer` and `VideoTransformer` that differ from the start's: frames, drop path, ...
+) -> Recognizer: # with a copy of the start's encoder and a fresh classifier
+    "A recogniser that starts from another network; its positions are resized from the start's (`positions_for`)"
+    config = start.encoder.config
+    clips = positions_for(config, changes.get('num_frames'), changes.get('image_size'))
+    recognizer = Recognizer(num_classes, **config | clips | changes)
+    carry_positions(start.encoder, recognizer.encoder)
+    positions = recognizer.encoder.state_dict().get('positions')
+    weights = {k: v for k, v in start.encoder.state_dict().items() if not k.startswith(('norm.', 'positions'))}
+    if positions is not None: weights['positions'] = positions
     recognizer.encoder.load_state_dict(weights)
     return recognizer
 
@@ -110,9 +114,10 @@ class FrameRecognizer(nn.Module):
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self,
-        video: torch.Tensor, # [B, 3, T, H, W]
+        video: torch.Tensor | None = None, # [B, 3, T, H, W]
+        features: torch.Tensor | None = None, # or what the classifier reads, for a linear probe
     ) -> torch.Tensor: # logits [B, num_classes]
-        return self.forward_head(self.forward_features(video))
+        return self.forward_head(self.forward_features(video)) if features is None else self.head(features)
 
     def group_matcher(self, coarse=False):
         "For timm: patch embedding, then blocks, then (all that is not named) the readout"

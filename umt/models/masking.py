@@ -25,7 +25,7 @@ MASKS = ('random', 'tube', 'semantic', 'none')
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig(Config):
     "Which tokens are dropped (paper, section 3.1)."
-    kind: Literal['semantic', 'random', 'tube', 'none'] = option('semantic', was='mask') # rule for the tokens that are dropped
+    kind: Literal['semantic', 'random', 'tube', 'none'] = option('semantic', was='mask') # which are dropped
     ratio: float = option(.8, was='mask_ratio', at_least=0, below=1) # share of tokens dropped
 
 # %% ../../nbs/models/00_masking.ipynb #a9199c42
@@ -65,12 +65,13 @@ def visible_at(
 # %% ../../nbs/models/00_masking.ipynb #076c6c8a
 def visible_from_mask(
     mask: Tensor, # bool [B, N], True = masked
-    visible: int | None = None, # tokens that each clip shows, if the caller knows it; None = count them, which waits for the device
+    visible: int | None = None, # tokens that each clip shows, if known; None = count them, which waits for the device
 ) -> Visible:
     "A mask that was not drawn here. Raises ValueError if the clips were found to differ in their number"
     if visible is None:
         counts = set((~mask).sum(1).tolist())
-        if len(counts) != 1: raise ValueError(f'every clip needs the same number of visible tokens, got {sorted(counts)}')
+        if len(counts) != 1:
+            raise ValueError(f'every clip needs the same number of visible tokens, got {sorted(counts)}')
         visible = counts.pop()
     return Visible(mask.byte().argsort(dim=1, stable=True)[:, :visible], mask)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbone import LayerNorm
+from .backbone import LayerNorm, positions_for
 from .masking import Visible
 from .objectives import match_negatives, mlm_loss, similarity, vtc_loss, vtm_loss
 from .student import Student, token_index
@@ -35,7 +35,7 @@ def check_widths(
     "Raises ValueError if the text model was not made for this student"
     width, reads = student['embed_dim'], text['vision_dim']
     if reads == width: return width
-    raise ValueError(f'the text model reads tokens of {reads} channels (vision_dim), the student has {width} (embed_dim)')
+    raise ValueError(f'the text model reads {reads} channels (vision_dim), the student has {width} (embed_dim)')
 
 # %% ../../nbs/models/09_multimodal.ipynb #e42f8e06
 def _accept_scalar(module, state, prefix, *_):
@@ -152,7 +152,7 @@ class Multimodal(DualEncoder):
         target: Tensor | None = None, # the teacher's unit tokens [K, B, n, C]
         gradient: str = 'exact', # 'exact' or 'local', see `umt.models.objectives.gather`
         group_size: int | None = None, # see `umt.models.objectives.match_negatives`
-        hardness: float = 1., # of `vtm`'s negatives: 1 draws them by similarity / temperature (the reference), 0 uniformly
+        hardness: float = 1., # of `vtm`'s negatives: 1 = drawn by similarity / temperature (reference), 0 = uniformly
         loss: str = 'l2', # see `umt.models.targets.uta_loss`
     ) -> dict[str, Tensor]: # loss -> float32 scalar without its weight, for those that have one
         "Raises ValueError for wrong weights, and for losses that need what is not there"
@@ -173,7 +173,8 @@ def check_needs(
     target: Tensor | None, # as for `Multimodal.forward`
 ):
     "Raises ValueError if a loss cannot be computed"
-    if 'uta' in wanted and (visible is None or target is None): raise ValueError("'uta' needs a mask and a teacher's target")
+    if 'uta' in wanted and (visible is None or target is None):
+        raise ValueError("'uta' needs a mask and a teacher's target")
     if 'uta' in wanted and not len(model.student.alignment_heads):
         raise ValueError("'uta' needs alignment heads, but the student has none (aligned_layers=0)")
     if 'mlm' in wanted and not model.text.config['lm_head']:
@@ -248,7 +249,8 @@ def multimodal_from(
     have = len(student.alignment_heads)
     keep = have if aligned_layers is None else aligned_layers
     if not 0 <= keep <= have: raise ValueError(f'aligned_layers={keep}, but the student has {have} alignment heads')
-    config = student.config | dict(align_eps=1e-5) | encoder | dict(aligned_layers=keep)
+    clips = positions_for(student.config, encoder.get('num_frames'), encoder.get('image_size'), 'extend')
+    config = student.config | dict(align_eps=1e-5) | clips | encoder | dict(aligned_layers=keep)
     model = Multimodal(config, text.config, embed_dim, temperature)
     model.student.encoder.load_state_dict(student.encoder.state_dict())
     kept = student.alignment_heads[have - keep:]

@@ -6,9 +6,6 @@
 __all__ = ['num_processes', 'gather', 'mean_count', 'similarity', 'vtc_loss', 'match_negatives', 'vtm_loss', 'mask_words',
            'mask_captions', 'mlm_loss']
 
-# %% ../../nbs/models/08_objectives.ipynb #65b21ccb
-from contextlib import nullcontext
-
 # %% ../../nbs/models/08_objectives.ipynb #e2e079c4
 import torch
 import torch.distributed as dist
@@ -16,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/models/08_objectives.ipynb #e68d0c5f
+from .backbone import no_autocast
 from .masking import scramble_bits, uniform
 
 # %% ../../nbs/models/08_objectives.ipynb #a56f7806
@@ -48,8 +46,8 @@ def gather(
     if gradient not in ('exact', 'local'): raise ValueError(f"gradient must be 'exact' or 'local', got {gradient!r}")
     if num_processes() == 1: return x
     if gradient == 'exact': return _Gather.apply(x)
-    before, own, after = _Gather.apply(x.detach()).split([len(x) * n for n in (dist.get_rank(), 1, num_processes() - dist.get_rank() - 1)])
-    return torch.cat([before, x, after])
+    rows, first = _Gather.apply(x.detach()), dist.get_rank() * len(x)
+    return torch.cat([rows[:first], x, rows[first + len(x):]])
 
 # %% ../../nbs/models/08_objectives.ipynb #80d640cf
 def mean_count(
@@ -69,8 +67,7 @@ def similarity(
     "Cosines, mean over frames. Raises ValueError for shapes that do not fit"
     if video.ndim != 3 or text.ndim != 2 or video.shape[-1] != text.shape[-1]:
         raise ValueError(f"expected video [Bv, T', E] and text [Bt, E], got {list(video.shape)} and {list(text.shape)}")
-    kind = video.device.type
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+    with no_autocast(video.device):
         return video.float().mean(1) @ text.float().T
 
 # %% ../../nbs/models/08_objectives.ipynb #15e589c4
@@ -81,8 +78,9 @@ def vtc_loss(
     temperature: Tensor | float, # divisor of the similarities, one number
     gradient: str = 'exact', # see `gather`
 ) -> Tensor: # float32 scalar, the same in all processes
-    "Symmetric contrastive loss over the batch of all processes; collective. Raises ValueError for shapes that do not fit"
-    if not len(video) == len(text) == len(sample_id): raise ValueError(f'{len(video)} videos, {len(text)} texts and {len(sample_id)} sample ids')
+    "Symmetric contrastive loss over the batch of all processes; collective. ValueError for shapes that do not fit"
+    if not len(video) == len(text) == len(sample_id):
+        raise ValueError(f'{len(video)} videos, {len(text)} texts and {len(sample_id)} sample ids')
     video = gather(video.float().mean(1, keepdim=True), gradient)
     logits = similarity(video, gather(text.float(), gradient)) / temperature
     sample_id = gather(sample_id)
@@ -97,7 +95,7 @@ def match_negatives(
     sample_id: Tensor, # int64 [B]
     keys: Tensor, # int64 [B], determine the draw
     group_size: int | None = None, # negatives come from the same `group_size` consecutive rows; None = any
-) -> tuple[Tensor, Tensor, Tensor]: # int64 [B] a video for each text, int64 [B] a text for each video, bool [B] whether there is one at all
+) -> tuple[Tensor, Tensor, Tensor]: # int64 [B] a video for each text, a text for each video; bool [B] is there one?
     "Draw a hard negative for each text and each video, never one with the same id; no gradient"
     size = len(logits)
     group = torch.arange(size, device=logits.device) // (group_size or size)
@@ -114,7 +112,8 @@ def vtm_loss(
     gradient: str = 'exact', # how several processes average, see `mean_count`
 ) -> Tensor: # float32 scalar
     "Matching loss; collective if 'exact'. Raises ValueError for shapes that do not fit"
-    if logits.shape != (3 * len(exists), 2): raise ValueError(f'expected logits [{3 * len(exists)}, 2], got {list(logits.shape)}')
+    if logits.shape != (3 * len(exists), 2):
+        raise ValueError(f'expected logits [{3 * len(exists)}, 2], got {list(logits.shape)}')
     label = (torch.arange(len(logits), device=logits.device) < len(exists)).long()
     losses = F.cross_entropy(logits.float(), label, reduction='none').view(3, -1).mean(0)
     return torch.where(exists, losses, 0).sum() / mean_count(exists, gradient)
@@ -128,7 +127,7 @@ def mask_words(
     cls_id: int, # never masked
     mask_id: int, # what most masked words become
     probability: float = .5, # that a word is chosen
-) -> tuple[Tensor, Tensor]: # int64 [B, L] the ids with words masked, int64 [B, L] the original ids where chosen and -100 elsewhere
+) -> tuple[Tensor, Tensor]: # int64 [B, L] ids with words masked; int64 [B, L] the original ids where chosen, else -100
     "Choose words to be guessed, and hide them. Raises ValueError for an impossible probability"
     if not 0 <= probability <= 1: raise ValueError(f'probability={probability}: expected 0 <= probability <= 1')
     chance, fate, word = uniform(keys ^ 0x776F726473, 3 * input_ids.shape[1]).view(*input_ids.shape, 3).unbind(-1)
@@ -144,9 +143,10 @@ def mask_captions(
     cls_id: int, # never masked
     mask_id: int, # what most masked words become
     probability: float = .5, # that a word is chosen
-) -> dict: # the batch, with `mlm_ids` int64 [B, L], `mlm_positions` int64 [m] (places in B * L) and `mlm_labels` int64 [m]
+) -> dict: # the batch, with int64 `mlm_ids` [B, L], `mlm_positions` [m] (places in B * L) and `mlm_labels` [m]
     "Add what the masked-word loss needs; for collate functions"
-    ids, labels = mask_words(batch['input_ids'], batch['attention_mask'], batch['key'], vocab_size, cls_id, mask_id, probability)
+    words = batch['input_ids'], batch['attention_mask'], batch['key']
+    ids, labels = mask_words(*words, vocab_size, cls_id, mask_id, probability)
     positions = (labels.flatten() != -100).nonzero()[:, 0]
     return batch | dict(mlm_ids=ids, mlm_positions=positions, mlm_labels=labels.flatten()[positions])
 
@@ -159,4 +159,5 @@ def mlm_loss(
     "Mean cross-entropy over the chosen words; collective if 'exact'. Raises ValueError for shapes that do not fit"
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f'logits {list(logits.shape)} and labels {list(labels.shape)}: expected [m, vocab] and [m]')
-    return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction='sum') / mean_count(labels != -100, gradient)
+    total = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction='sum')
+    return total / mean_count(labels != -100, gradient)

@@ -152,7 +152,7 @@ def run(
         flops_per_sample=parts.flops_per_sample, make_sampler=parts.make_sampler, collate_fn=parts.collate_fn,
         evaluator=parts.evaluator if config.validation.every else None, inputs=task.inputs(config, data))
     accelerator = start_accelerator()
-    if accelerator.is_main_process: save_config(parts.model, config.run_dir)
+    if accelerator.is_main_process and hasattr(parts.model, 'config'): save_config(parts.model, config.run_dir)
     accelerator.wait_for_everyone() # whoever goes on with the model finds it
     return result | task.evaluate(config, data, parts.model)
 
