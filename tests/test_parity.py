@@ -16,7 +16,8 @@ from umt.models.weights import WeightsError, read_state_dict
 from umt.models.multimodal import Multimodal
 from umt.models.objectives import match_negatives, mlm_loss, similarity, vtc_loss
 from umt.models.targets import uta_loss
-from umt.tasks.ranking import config_for, gallery_metrics, score_gallery
+from umt.core.config import override
+from umt.tasks.ranking import RankingConfig, gallery_metrics, index_videos, score_gallery
 from umt.models.backbone import position_table
 from umt.models.masking import visible_from_mask
 from umt.models.heads import Recognizer
@@ -247,8 +248,9 @@ class Clips(Dataset):
 def test_retrieval(stage2, multimodal, tmp_path):
     "Scores of the two encoders, match logits of the candidates of either direction, and the figures made of both"
     io, config = load_file(stage2.with_name('retrieval_io.safetensors')), json.loads(stage2.with_name('stage2_config.json').read_text())
-    protocol = config_for(multimodal, run_dir=str(tmp_path), precision='fp32', half=False, k_test=config['k_test'], num_workers=0)
-    ours = score_gallery(multimodal, Clips(io['video'].transpose(1, 2)), list(io['input_ids']), protocol, start_accelerator())
+    protocol = override(RankingConfig(), run_dir=str(tmp_path), half=False, k_test=config['k_test'])
+    index = index_videos(multimodal, Clips(io['video'].transpose(1, 2)), protocol)
+    ours = score_gallery(multimodal, index, list(io['input_ids']), protocol, start_accelerator())
     for name, tensor in dict(dual_v2t=ours['dual'], dual_t2v=ours['dual'].T, rerank_v2t=ours['v2t'], rerank_t2v=ours['t2v']).items():
         assert_close(tensor, io[name], **close, msg=lambda m: f'{name}: {m}')
     figures = gallery_metrics(ours, torch.stack([torch.arange(9), io['text_to_video']], 1))

@@ -109,11 +109,11 @@ class Stage2Config(TrainConfig):
     "All that determines a Stage-2 run."
     loop: PairsLoopConfig = PairsLoopConfig()
     optimizer: PairsOptimizerConfig = PairsOptimizerConfig()
+    embed_dim: int = option(512, at_least=1) # channels of the space in which videos and sentences are compared
     data: PairsConfig = PairsConfig()
     start: StartConfig = StartConfig()
     student: StudentConfig = StudentConfig()
     text: TextConfig = TextConfig()
-    embed_dim: int = option(512, at_least=1) # channels of the space in which videos and sentences are compared
     temperature: float = option(.07, at_least=.001, at_most=.5) # of the contrast, at the start
     teacher: TeacherConfig = TeacherConfig()
     alignment: AlignmentConfig = AlignmentConfig()
