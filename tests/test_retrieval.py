@@ -14,7 +14,7 @@ from umt.data.galleries import GALLERIES, GalleryDataset, read_gallery
 from umt.data.media import DataError, TooManyBadClips
 from umt.data.tables import ManifestError
 from umt.models.multimodal import EncodedVideo, Multimodal
-from umt.models.published import load_model, load_multimodal, save_model
+from umt.models.published import load_model, load_multimodal, save_model, save_published
 from umt.models.student import Student
 from umt.models.text import Tokenizer
 from umt.tasks import retrieval
@@ -427,13 +427,13 @@ def test_another_evaluation_is_refused_with_what_differs(name, evaluated):
     assert stored(config) == found and zero_shot(config) == found
 
 
-@pytest.mark.parametrize('change', [dict(pool=1), dict(heads=4)])
+@pytest.mark.parametrize('change', [dict(eps=1e-6), dict(num_heads=4)])
 def test_another_network_of_the_same_weights_is_refused(change, evaluated, trained, tmp_path):
     "The fingerprint holds the whole configuration: 4 heads instead of 2 have the same tensors."
     shutil.copytree(trained, tmp_path/'other')
     about = json.loads((tmp_path/'other/model.json').read_text())
-    if 'heads' in change: about['student']['num_heads'] = 4
-    else: about['text']['layer_norm_eps'] = 1e-6
+    if 'num_heads' in change: about['student']['num_heads'] = change['num_heads']
+    else: about['text']['layer_norm_eps'] = change['eps']
     (tmp_path/'other/model.json').write_text(json.dumps(about))
     with pytest.raises(ValueError, match='holds another evaluation.*model'):
         zero_shot(override(evaluated[0], init=str(tmp_path/'other')))
@@ -515,11 +515,14 @@ def test_a_protocol_that_differs_from_the_trainings_is_said(clips, trained, tmp_
     assert all(line in caplog.text for line in said)
 
 
-def test_a_folder_and_its_copy_give_the_same_positions_at_another_size(trained):
-    "By one rule, however often a model is fitted: 64 pixels, then 96, then 128, or at once."
-    model = load_model(trained)
-    twice = retrieval.for_videos(retrieval.for_videos(model, 2, 96), 2, 128).student.encoder.positions
-    assert torch.equal(twice, retrieval.for_videos(model, 2, 128).student.encoder.positions)
+def test_a_folder_and_a_file_of_one_model_give_the_same_scores(clips, trained, tmp_path):
+    "At another image size, too."
+    save_published(load_model(trained), tmp_path/'model.pth')
+    runs = [small(clips, init, tmp_path/name, image_size=96) for name, init in
+            (('folder', trained), ('file', tmp_path/'model.pth'))]
+    for config in runs: zero_shot(config)
+    folder, file = (load_file(Path(config.run_dir)/'scores.safetensors') for config in runs)
+    assert all(torch.equal(folder[name], file[name]) for name in folder)
 
 
 def test_an_evaluation_has_no_learning_rate(capsys):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MSRVTT', 'NANO_EMOJI', 'PRESETS', 'main', 'GalleryConfig', 'TokenizerConfig', 'RetrievalConfig',
-           'GalleryData', 'read_test_set', 'describe_test_set', 'for_videos', 'other_protocol', 'depends_on',
-           'evaluate', 'Retrieval', 'zero_shot', 'dry_run']
+           'GalleryData', 'read_test_set', 'describe_test_set', 'other_protocol', 'depends_on', 'evaluate', 'Retrieval',
+           'zero_shot', 'dry_run']
 
 # %% ../../nbs/tasks/10_retrieval.ipynb #2952e9db
 from dataclasses import dataclass
@@ -21,9 +21,10 @@ from ..core.config import Config, FilePath, config_dict, free, option, override,
 from ..core.files import complete, write_json
 from ..core.log import logger
 from ..data.galleries import Gallery, GalleryDataset, describe_gallery, existing_videos, read_gallery
+from ..models.fitting import fit_to
 from ..models.multimodal import Multimodal
 from ..models.text import Tokenizer
-from .continuing import StartConfig, check_tokenizer, position_base, saved_config, vocabulary_hash
+from .continuing import StartConfig, check_tokenizer, saved_config, vocabulary_hash
 from .ranking import InferenceConfig, RankingConfig, ScoringConfig, rank_gallery
 from .task import (
     Task, cached_evaluation, check_init, dry_run as plan, json_hash, load_start, main as run_command, run, weights_hash)
@@ -134,19 +135,6 @@ def describe_test_set(
     return f'{lines}\n{data.missing:,} videos are missing' if data.missing else lines
 
 # %% ../../nbs/tasks/10_retrieval.ipynb #e2168304
-def for_videos(
-    model: Multimodal, # trained
-    num_frames: int, # of the videos to come
-    image_size: int, # the same, pixels
-) -> Multimodal: # the same model, or a copy for these videos
-    "Fit a model's positions to other videos, see `umt.tasks.continuing.position_base`."
-    student = model.student.config
-    if (student['num_frames'], student['image_size']) == (num_frames, image_size): return model
-    shape = dict(num_frames=num_frames, image_size=image_size, base_grid=position_base(student, num_frames, image_size))
-    new = Multimodal(**model.config | dict(student=student | shape))
-    new.load_state_dict(model.state_dict())
-    return new
-
 def other_protocol(
     config: RetrievalConfig, # num_frames, image_size
     student: dict, # `config` of the trained student
@@ -228,7 +216,7 @@ class Retrieval(Task):
         model = load_start(config.start.init, (Multimodal,), **shape)
         for line in other_protocol(config, model.student.config): logger.warning(line)
         self.check_text(config, model.text.config, data.tokenizer)
-        return for_videos(model, **shape)
+        return fit_to(model, **shape)
 
     def evaluate(self, config, data, model):
         logger.info(describe_test_set(config, data))

@@ -273,7 +273,8 @@ def build_weightless(
     teacher, trained = needed_teacher(config), saved_config(config.start.init)
     student = trained.get('student', trained) or fresh_student(config) | dict(tubelet_size=1, base_grid=None)
     student = student | positions_for(student, config.data.num_frames, config.data.image_size, 'extend')
-    student |= encoder_changes(config) | dict(aligned_layers=config.alignment.aligned_layers if config.objectives.uta_weight else 0)
+    layers = config.alignment.aligned_layers if config.objectives.uta_weight else 0
+    student |= encoder_changes(config) | dict(aligned_layers=layers)
     if teacher: student['target_dim'] = teacher.target_dim
     text = trained.get('text') or text_sizes(config.text) | dict(vision_dim=student['embed_dim'])
     student.pop('model', None)
