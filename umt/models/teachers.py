@@ -265,7 +265,7 @@ class Teacher(nn.Module):
     ) -> TeacherOutput: # tokens [K, B, n, C], visible, attention
         "Class attention of every frame, and the last K layers' tokens at the visible places"
         steps, patches = video.shape[2] // self.tubelet_size, None
-        if only is not None: patches = only.index.view(len(video) * steps, -1) % self.grid**2
+        if only is not None: patches = only.index.reshape(len(video) * steps, -1) % self.grid**2
         with no_autocast(video.device):
             tokens, visible, attention = aligned_tokens(
                 self.visual, self.prepare(video), steps, self.aligned_layers, draw, self.layer_interval, patches)
