@@ -1,4 +1,6 @@
-"""Where the recorded vectors of the reference are: tests/vectors, and a larger set beside the repository (UMT_REFERENCE_DIR).
+"""Where the recorded vectors of the reference are: tests/vectors, and a larger set beside the repository.
+
+UMT_REFERENCE_DIR says where the larger set is.
 
 Sizes are read from the vectors' own configuration, so any folder of the same layout is judged.
 """
