@@ -154,7 +154,7 @@ class Multimodal(DualEncoder):
         group_size: int | None = None, # see `umt.models.objectives.match_negatives`
         hardness: float = 1., # of `vtm`'s negatives: 1 = drawn by similarity / temperature (reference), 0 = uniformly
         loss: str = 'l2', # see `umt.models.targets.uta_loss`
-        negatives: tuple[Tensor, Tensor] | None = None, # for 'vtm': videos for the texts, texts for the videos; None = draw
+        negatives: tuple[Tensor, Tensor] | None = None, # for 'vtm': videos for texts, texts for videos; None = draw
     ) -> dict[str, Tensor]: # loss -> float32 scalar without its weight, for those that have one
         "Raises ValueError for wrong weights, and for losses that need what is not there"
         wanted = wanted_losses(weights)

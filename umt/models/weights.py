@@ -120,10 +120,12 @@ def unpickle(
 # %% ../../nbs/models/01_weights.ipynb #ce905ac8
 WRAPPERS = ('module.', 'model.', '_orig_mod.')
 
-class StateDict(dict):
-    "Tensors by name"
-    wrappers: str = '' # what was taken off all names
-    sizes: dict = {} # what a file of ours says about its training (`umt.models.published.save_published`)
+class StateDict(OrderedDict):
+    "Tensors by name; saved again, it is a plain OrderedDict"
+    wrappers = '' # what was taken off all names
+    sizes = {} # what a file of ours says about its training (`umt.models.published.save_published`)
+
+    def __reduce__(self): return OrderedDict, (), None, None, iter(self.items())
 
 def without_wrappers(
     state: dict[str, torch.Tensor], # tensors by their names in the file

@@ -7,6 +7,7 @@ __all__ = ['OptimizerConfig', 'learning_rate', 'weight_decay_at', 'weight_decay_
 
 # %% ../../nbs/training/00_schedule.ipynb #d60c7311
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,10 +63,15 @@ def weight_decay_at(
 def weight_decay_groups(
     model: nn.Module, # before it is distributed
     weight_decay: float, # for matrices
+    decayed: Collection[str] = (), # parameters that have it whatever their shape; in Stage 2 the reference's `temperature`
 ) -> list[dict]: # optimizer parameter groups
     "Weight decay for matrices only: not for 1-D parameters, biases, `pos_embed` and `cls_token` (with or without a prefix)."
-    exempt = [name for name, _ in model.named_parameters() if name.split('.')[-1] in ('pos_embed', 'cls_token')]
-    return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    exempt = [name for name in parameters if name.split('.')[-1] in ('pos_embed', 'cls_token')]
+    without, having = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
+    forced = [parameters[name] for name in parameters if name in decayed]
+    kept = [p for p in without['params'] if not any(p is other for other in forced)]
+    return [without | dict(params=kept), having | dict(params=having['params'] + forced)]
 
 # %% ../../nbs/training/00_schedule.ipynb #4db3e0aa
 def layer_groups(
