@@ -1,5 +1,5 @@
 "Recognition: recipes against the published ones, views, several processes, classifiers by name, where runs start, mistakes"
-import json, os, shutil, subprocess, sys
+import json, shutil, subprocess, sys
 from pathlib import Path
 
 import pandas as pd
@@ -17,11 +17,13 @@ from umt.data.tables import read_manifest
 from umt.data.transforms import normalize_video
 from umt.models.backbone import position_table
 from umt.models.heads import Recognizer
+from umt.models.multimodal import Multimodal
 from umt.models.published import load_model, save_model, save_published
 from umt.models.student import SIZES, Student
 from umt.tasks import evaluators, recognition
 from umt.tasks.evaluators import clip_probabilities, dependencies, predict, scores
-from umt.tasks.recognition import PRESETS, PUBLISHED, EvaluationConfig, build_model, dry_run, evaluate, evaluation_of, finetune, main
+from umt.tasks.recognition import (
+    PRESETS, PUBLISHED, EvaluationConfig, build_model, dry_run, evaluate, evaluation_of, finetune, main)
 from umt.tasks.recognizers import build_saved
 from umt.training.schedule import layer_groups, learning_rate
 
@@ -273,8 +275,10 @@ def test_an_evaluation_is_kept_and_another_one_refused(clips, fine, tmp_path, mo
     config = test_of(clips, tmp_path/'run', fine)
     first = evaluate(config)
     assert evaluate(config) == first and len(calls) == 1
-    for change, differs in ((dict(num_segments=2), r'protocol\.segments: 1 -> 2'), (dict(num_frames=4), r'protocol\.num_frames: 2 -> 4'),
-                            (dict(precision='bf16'), r'protocol\.precision'), (dict(val_list='one.csv'), r'clips\.list')):
+    changes = {
+        r'protocol\.segments: 1 -> 2': dict(num_segments=2), r'protocol\.num_frames: 2 -> 4': dict(num_frames=4),
+        r'protocol\.precision': dict(precision='bf16'), r'clips\.list': dict(val_list='one.csv')}
+    for differs, change in changes.items():
         with pytest.raises(ValueError, match=f'holds another evaluation .*{differs}'): evaluate(override(config, change))
     assert evaluate(override(config, eval_batch_size=1)) == first and len(calls) == 1
 
@@ -354,11 +358,12 @@ def test_links_that_lead_out_or_in_a_circle(clips, tmp_path):
     shutil.copytree(clips, root, ignore=shutil.ignore_patterns('emoji'))
     (root/'out.mp4').symlink_to(clips/'train0.mp4')
     (root/'circle.mp4').symlink_to(root/'circle.mp4')
-    (root/'linked.csv').write_text((root/'train.csv').read_text() + 'out.mp4,0\n')
-    (root/'linked_val.csv').write_text((root/'val.csv').read_text() + 'out.mp4,0\n')
-    result = finetune(small(root, tmp_path/'run', train_list='linked.csv', val_list='linked_val.csv', bad_clip_limit=.5, epochs=2))
-    assert (result['num_clips'], result['num_left_out'], result['quarantined']) in ((7, 1, 1), (7, 1, 0))
-    assert 'link' in result['left_out'][0]['reason'].lower()
+    for name in ('train', 'val'):
+        (root/f'linked_{name}.csv').write_text((root/f'{name}.csv').read_text() + 'out.mp4,0\ncircle.mp4,1\n')
+    lists = dict(train_list='linked_train.csv', val_list='linked_val.csv')
+    result = finetune(small(root, tmp_path/'run', bad_clip_limit=.5, epochs=3, **lists))
+    assert (result['num_clips'], result['num_left_out'], result['quarantined']) == (7, 2, 2)
+    assert all('link' in clip['reason'] for clip in result['left_out'])
 
 
 def test_official_annotations(clips, fine, tmp_path):
@@ -447,6 +452,24 @@ def test_published_files_as_start(clips, tmp_path):
     evaluate(override(evaluation_of(trained), run_dir=str(tmp_path/'again')))
     one, two = (predictions(tmp_path/run) for run in ('run', 'again'))
     assert all((a == b).all() for a, b in zip(one.probabilities, two.probabilities))
+
+
+@pytest.mark.parametrize('num_frames, image_size', [(2, 64), (4, 48), (4, 64)])
+def test_a_file_and_a_folder_give_the_same_network(clips, tmp_path, num_frames, image_size):
+    "Whatever the clips of the task: the positions of a student, and of a Stage-2 model's student, follow one rule"
+    student = Student(1, 8, image_size=48, num_frames=2, **SIZES['nano'])
+    text = dict(vision_dim=128, fusion_layer=1, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                intermediate_size=64, vocab_size=50)
+    joined = Multimodal(dict(aligned_layers=0, image_size=48, num_frames=2, **SIZES['nano']), text)
+    for name, model in dict(student=student, joined=joined).items():
+        save_model(model, tmp_path/name)
+        save_published(model, tmp_path/f'{name}.pth')
+        changes = dict(num_frames=num_frames, image_size=image_size)
+        starts = (str(tmp_path/name), str(tmp_path/f'{name}.pth'))
+        folder, file = (build_model(small(clips, tmp_path/'run', init=start, **changes)) for start in starts)
+        assert folder.encoder.grid == (num_frames, image_size // 16, image_size // 16)
+        assert all(torch.equal(a, b) for a, b in zip(folder.encoder.parameters(), file.encoder.parameters(), strict=True))
+        assert_close(folder.encoder.positions, file.encoder.positions)
 
 
 def test_a_teacher_is_probed_and_a_run_without_a_model_is_no_start(clips, tmp_path):
@@ -584,7 +607,7 @@ MISTAKES = dict(
     head=(dict(head='carry'), 'no classifier to carry over'),
     odd_micro_batch=(dict(micro_batch_size=1, mixup=.8), 'must be even'),
     unlabelled_selection=(dict(selection_list='unlabelled.csv', every=1), 'needs labelled clips'),
-    range=(dict(layer_decay=0), 'layer_decay 0.0: expected more than 0'),
+    range=(dict(layer_decay=0), 'layer_decay 0.0: expected at most 1 and more than 0'),
     segments=(dict(num_segments=0), 'num_segments 0: expected at least 1'))
 
 
@@ -592,17 +615,20 @@ MISTAKES = dict(
 def test_mistakes(kind, clips, tmp_path, capsys):
     changes, expected = MISTAKES[kind]
     (clips/'unlabelled.csv').write_text('train1.mp4,-1\n')
-    argv = [*command_line(small(clips, tmp_path/'run')), *(f'--{name.replace("_", "-")}={value}' for name, value in changes.items())]
+    argv = command_line(small(clips, tmp_path/'run'))
+    argv += [f'--{name.replace("_", "-")}={value}' for name, value in changes.items()]
     for words in (argv, [*argv, '--dry-run']): assert expected in mistake(capsys, *words)
     assert not (tmp_path/'run').exists()
 
 
 def test_mistakes_of_an_evaluation(clips, fine, tmp_path, capsys):
     argv = command_line(test_of(clips, tmp_path/'run', fine))
-    for more, expected in (([f'--init={tmp_path}'], 'no model.safetensors in this folder'), (['--init=scratch'], 'needs a fine-tuned init'),
-                           (['--lr=1'], "has no option 'lr'"), (['--train-list=x.csv'], "has no option 'train_list'"),
-                           (['--val-list=no.csv'], 'no.csv: no such file'), (['--num-classes=2'], 'write data.num_classes=3')):
-        for words in ([*argv, *more], [*argv, *more, '--dry-run']): assert expected in mistake(capsys, *words)
+    wrong = {
+        f'--init={tmp_path}': 'no model.safetensors in this folder', '--init=scratch': 'needs a fine-tuned init',
+        '--lr=1': "has no option 'lr'", '--train-list=x.csv': "has no option 'train_list'",
+        '--val-list=no.csv': 'no.csv: no such file', '--num-classes=2': 'write data.num_classes=3'}
+    for option, expected in wrong.items():
+        for words in ([*argv, option], [*argv, option, '--dry-run']): assert expected in mistake(capsys, *words)
     assert not (tmp_path/'run').exists()
 
 

@@ -132,7 +132,7 @@ def write_predictions(
     names: list[str] | None = None, # of the classes; kept in the file's metadata
 ):
     """One row per clip: path (relative to the root), sample_id, label, predicted, probabilities [classes],
-    logits [views][classes]. View v is segment v // crops, crop v % crops; `segments` and `crops` are in the metadata."""
+    logits [views][classes]. View v is segment v // crops, crop v % crops (both in the metadata)."""
     def fixed_size(x): return pa.FixedSizeListArray.from_arrays(pa.array(x.flatten().numpy()), x.shape[-1])
     probabilities = clip_probabilities(logits)
     columns = dict(path=manifest.paths, sample_id=manifest.ids, label=manifest.labels)

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset
 
 # %% ../../nbs/tasks/05_recognition.ipynb #d5d5ded9
-from ..core.config import Config, config_dict, free, option
+from ..core.config import Config, config_dict, free, option, program_name
 from ..core.files import write_json
 from ..core.log import is_main_process, logger
 from ..data.augmentation import AugmentConfig, Mixup
@@ -62,7 +62,7 @@ class RecognitionConfig(TrainConfig):
         super().check()
         mixed = self.augment.mixup or self.augment.cutmix
         if self.mode == 'linear' and (self.loop.num_sample > 1 or mixed):
-            raise ValueError("mode='linear' sees one unaugmented view of a clip: set num_sample 1, mixup 0 and cutmix 0")
+            raise ValueError("mode='linear' sees one unaugmented view: set num_sample 1, mixup 0 and cutmix 0")
         if mixed and (self.loop.micro_batch_size or self.loop.batch_size) * self.loop.num_sample % 2:
             raise ValueError('mixup and cutmix pair up clips: micro_batch_size (or batch_size) must be even')
 
@@ -302,6 +302,7 @@ def main(
     alone = bool(old) or words[:1] == ['evaluate']
     for i in old: words[i:i + 1 + (words[i] == '--mode')] = []
     if words[:1] == ['evaluate']: words = words[1:]
-    return run_command(RecognitionEvaluation() if alone else Recognition(), words)
+    prog = f'{program_name() or "umt recognition"}{" evaluate" if alone else ""}'
+    return run_command(RecognitionEvaluation() if alone else Recognition(), words, prog)
 
 if __name__ == '__main__' and '__file__' in globals(): main()

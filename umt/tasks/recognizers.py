@@ -211,7 +211,7 @@ def build_saved(
     names: list[str] | None = None, # class names of the data, if they are known
     num_classes: int | None = None, # of the data, if it is known
 ) -> tuple[Recognizer, list[str]]: # on the CPU, and `other_protocol`
-    "A fine-tuned recogniser for the clips of an evaluation. Raises as `load_start`; ValueError if it has no such classes."
+    "A fine-tuned recogniser for other clips. Raises as `load_start`; ValueError if it has no such classes."
     start, clips = config.start, config.data
     found = load_network(start.init)
     if isinstance(found, Student):
