@@ -1,5 +1,5 @@
-"Recognition: recipes against the published ones, views, several processes, classifiers by name, where runs start, mistakes"
-import json, os, shutil, subprocess, sys
+"Recognition: recipes against the published ones, views, processes, classifiers by name, starts, mistakes"
+import json, shutil, subprocess, sys
 from pathlib import Path
 
 import pandas as pd
@@ -17,16 +17,18 @@ from umt.data.tables import read_manifest
 from umt.data.transforms import normalize_video
 from umt.models.backbone import position_table
 from umt.models.heads import Recognizer
+from umt.models.multimodal import Multimodal
 from umt.models.published import load_model, save_model, save_published
 from umt.models.student import SIZES, Student
 from umt.tasks import evaluators, recognition
 from umt.tasks.evaluators import clip_probabilities, dependencies, predict, scores
-from umt.tasks.recognition import PRESETS, PUBLISHED, EvaluationConfig, build_model, dry_run, evaluate, evaluation_of, finetune, main
+from umt.tasks.recognition import (
+    PRESETS, PUBLISHED, EvaluationConfig, build_model, dry_run, evaluate, evaluation_of, finetune, main)
 from umt.tasks.recognizers import build_saved
 from umt.training.schedule import layer_groups, learning_rate
 
-# The published recipes, script by script: start, batch per GPU (of 16), repeated augmentation, learning rate used, epochs, warm-up, drop path,
-# layer decay, weight decay, checkpointed blocks, segments, crops.
+# The published recipes, script by script: start, batch per GPU (of 16), repeated augmentation, learning rate used,
+# epochs, warm-up, drop path, layer decay, weight decay, checkpointed blocks, segments, crops.
 SCRIPTS = {
     'b16_k710': ('b16_k710', 16, 2, 4e-4, 35, 2, .1, .75, .05, 0, 4, 3),
     'l16_k710': ('l16_k710', 16, 2, 2e-4, 20, 2, .2, .85, .05, 12, 4, 3),
@@ -45,7 +47,8 @@ CLASSES = dict(k710=710, k400=400, k600=600, k700=700, mit=339, ssv2=174)
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_published_recipes(name):
-    (start, batch, sample, lr, epochs, warmup, drop_path, layer_decay, weight_decay, blocks, segments, crops) = SCRIPTS[name]
+    start, batch, sample, lr, epochs, warmup, *rest = SCRIPTS[name]
+    drop_path, layer_decay, weight_decay, blocks, segments, crops = rest
     c, task = PUBLISHED[name], name.split('_')[1]
     loop, adam, data, augment, student, views = c.loop, c.optimizer, c.data, c.augment, c.student, c.views
     assert PRESETS[name] is c and c.start.init == f'runs/{start}'
@@ -57,7 +60,8 @@ def test_published_recipes(name):
     end = rate(epochs * n - 1)
     assert_close(adam.min_lr * scale, 1e-6 * scale)
     assert 1e-6 * scale < end < 1e-6 * scale + 1e-3 * lr
-    assert (loop.epochs, adam.warmup_epochs, student.drop_path, c.layer_decay) == (epochs, warmup, drop_path, layer_decay)
+    assert (loop.epochs, adam.warmup_epochs) == (epochs, warmup)
+    assert (student.drop_path, c.layer_decay) == (drop_path, layer_decay)
     assert (adam.weight_decay, student.checkpoint_blocks) == (weight_decay, blocks)
     assert (views.num_segments, views.num_crops) == (segments, crops)
     assert (adam.betas, adam.eps, loop.clip_grad, loop.ema_decay) == ((.9, .999), 1e-8, None, None)
@@ -68,7 +72,8 @@ def test_published_recipes(name):
     assert (student.tubelet_size, student.attention) == (1, 'joint')
     assert (data.num_classes, data.train_list, data.val_list) == (CLASSES[task], f'{task}_train.csv', f'{task}_val.csv')
     assert data.classes == (f'{task}_classes.txt' if task[0] == 'k' else None)
-    assert data.num_frames == (16 if name.endswith('f16') else 8) and data.image_size == (384 if name.endswith('384') else 224)
+    assert data.num_frames == (16 if name.endswith('f16') else 8)
+    assert data.image_size == (384 if name.endswith('384') else 224)
     assert student.size == ('large' if name[0] == 'l' else 'base')
     rules = ('ssv2_train', 'ssv2_test') if task == 'ssv2' else ('kinetics_sparse_train', 'kinetics_sparse_test')
     assert augment.flip == (task != 'ssv2') and (data.sampling, views.sampling) == rules
@@ -95,7 +100,8 @@ def test_layer_decay(size, decay, stem, last):
 # ---- A few clips on disk; two of them share their file name ----
 
 DATA = dict(image_size=48, num_frames=2, num_classes=3, val_list='val.csv', eval_batch_size=5)
-TRAINING = dict(pool_grid='1,1,1', batch_size=4, epochs=1, warmup_epochs=0, train_clips=None, train_list='train.csv', log_every=1)
+TRAINING = dict(
+    pool_grid='1,1,1', batch_size=4, epochs=1, warmup_epochs=0, train_clips=None, train_list='train.csv', log_every=1)
 
 
 @pytest.fixture(scope='module')
@@ -119,12 +125,14 @@ def clips(tmp_path_factory):
 
 def small(clips, run_dir, **changes):
     "A training run of seconds"
-    return override(PRESETS['quick_emoji'], DATA | TRAINING | dict(data_root=str(clips), run_dir=str(run_dir)) | changes)
+    places = dict(data_root=str(clips), run_dir=str(run_dir))
+    return override(PRESETS['quick_emoji'], DATA | TRAINING | places | changes)
 
 
 def test_of(clips, run_dir, init, **changes):
     "An evaluation of seconds"
-    return override(EvaluationConfig(), DATA | dict(data_root=str(clips), run_dir=str(run_dir), init=str(init)) | changes)
+    places = dict(data_root=str(clips), run_dir=str(run_dir), init=str(init))
+    return override(EvaluationConfig(), DATA | places | changes)
 
 
 test_of.__test__ = False # not a test itself
@@ -208,8 +216,8 @@ def test_views_are_averaged_as_probabilities():
 def test_scores_by_hand():
     p = torch.tensor([[.6, .4], [.3, .7], [.9, .1]])
     found = scores(p, torch.tensor([0, 0, 1]))
-    expected = {'num_clips': 3, 'top1': pytest.approx(1 / 3), 'top5': 1., 'per_class': [.5, 0.], 'confusion': [[1, 1], [1, 0]]}
-    assert found == expected
+    assert found == {
+        'num_clips': 3, 'top1': pytest.approx(1 / 3), 'top5': 1., 'per_class': [.5, 0.], 'confusion': [[1, 1], [1, 0]]}
     assert 'confusion' not in scores(torch.rand(2, 1001), torch.tensor([0, 5]))
 
 
@@ -239,7 +247,8 @@ def test_processes_agree_on_clips_that_cannot_be_decoded(together):
     assert (found['num_clips'], found['num_left_out']) == (7, 1) and found['left_out'][0]['path'] == 'broken.mp4'
     assert list(predictions(configs['broken'].run_dir).path) == list(predictions(configs['views'].run_dir).path)
     assert printed.count('ended 1: ') == 2 and '1 of 8 clips cannot be decoded' in printed
-    assert not any(Path(configs['refused'].run_dir, file).exists() for file in ('evaluation.json', 'predictions.parquet'))
+    left = ('evaluation.json', 'predictions.parquet')
+    assert not any(Path(configs['refused'].run_dir, file).exists() for file in left)
 
 
 def test_more_processes_than_clips(together): assert stored(together[0]['one'])['num_clips'] == 1
@@ -273,9 +282,12 @@ def test_an_evaluation_is_kept_and_another_one_refused(clips, fine, tmp_path, mo
     config = test_of(clips, tmp_path/'run', fine)
     first = evaluate(config)
     assert evaluate(config) == first and len(calls) == 1
-    for change, differs in ((dict(num_segments=2), r'protocol\.segments: 1 -> 2'), (dict(num_frames=4), r'protocol\.num_frames: 2 -> 4'),
-                            (dict(precision='bf16'), r'protocol\.precision'), (dict(val_list='one.csv'), r'clips\.list')):
-        with pytest.raises(ValueError, match=f'holds another evaluation .*{differs}'): evaluate(override(config, change))
+    changes = {
+        r'protocol\.segments: 1 -> 2': dict(num_segments=2), r'protocol\.num_frames: 2 -> 4': dict(num_frames=4),
+        r'protocol\.precision': dict(precision='bf16'), r'clips\.list': dict(val_list='one.csv')}
+    for differs, change in changes.items():
+        with pytest.raises(ValueError, match=f'holds another evaluation .*{differs}'):
+            evaluate(override(config, change))
     assert evaluate(override(config, eval_batch_size=1)) == first and len(calls) == 1
 
 
@@ -345,7 +357,8 @@ def test_one_of_the_test_clips_cannot_be_decoded(clips, tmp_path):
     strict = small(clips, tmp_path/'strict', val_list='half.csv', missing='error')
     with pytest.raises(DataError, match='1 of 2 clips cannot be decoded'): finetune(strict)
     assert (tmp_path/'strict/model.safetensors').exists()
-    with pytest.raises(DataError, match='1 of 1 clips'): evaluate(test_of(clips, tmp_path/'none', tmp_path/'run', val_list='none.csv'))
+    nothing_left = test_of(clips, tmp_path/'none', tmp_path/'run', val_list='none.csv')
+    with pytest.raises(DataError, match='1 of 1 clips'): evaluate(nothing_left)
 
 
 def test_links_that_lead_out_or_in_a_circle(clips, tmp_path):
@@ -354,11 +367,12 @@ def test_links_that_lead_out_or_in_a_circle(clips, tmp_path):
     shutil.copytree(clips, root, ignore=shutil.ignore_patterns('emoji'))
     (root/'out.mp4').symlink_to(clips/'train0.mp4')
     (root/'circle.mp4').symlink_to(root/'circle.mp4')
-    (root/'linked.csv').write_text((root/'train.csv').read_text() + 'out.mp4,0\n')
-    (root/'linked_val.csv').write_text((root/'val.csv').read_text() + 'out.mp4,0\n')
-    result = finetune(small(root, tmp_path/'run', train_list='linked.csv', val_list='linked_val.csv', bad_clip_limit=.5, epochs=2))
-    assert (result['num_clips'], result['num_left_out'], result['quarantined']) in ((7, 1, 1), (7, 1, 0))
-    assert 'link' in result['left_out'][0]['reason'].lower()
+    for name in ('train', 'val'):
+        (root/f'linked_{name}.csv').write_text((root/f'{name}.csv').read_text() + 'out.mp4,0\ncircle.mp4,1\n')
+    lists = dict(train_list='linked_train.csv', val_list='linked_val.csv')
+    result = finetune(small(root, tmp_path/'run', bad_clip_limit=.5, epochs=3, **lists))
+    assert (result['num_clips'], result['num_left_out'], result['quarantined']) == (7, 2, 2)
+    assert all('link' in clip['reason'] for clip in result['left_out'])
 
 
 def test_official_annotations(clips, fine, tmp_path):
@@ -402,7 +416,8 @@ def test_presets_leftovers_never_limit_other_data(clips, tmp_path, caplog):
     assert len(data.train) == 8 and 'train_clips=2 has no effect' in caplog.text
     emoji = small(clips/'emoji', tmp_path, train_list='action_train.csv', val_list='action_val.csv', num_classes=None)
     assert len(read_clips(override(emoji, train_clips=2)).train) == 2
-    with pytest.raises(ValueError, match='train_clips 9: action_train.csv has 8'): read_clips(override(emoji, train_clips=9))
+    with pytest.raises(ValueError, match='train_clips 9: action_train.csv has 8'):
+        read_clips(override(emoji, train_clips=9))
 
 
 # ---- Where a run starts ----
@@ -429,7 +444,8 @@ def test_a_classifier_is_never_dropped_in_silence(clips, fine, tmp_path):
 def test_published_files_as_start(clips, tmp_path):
     "Found from their keys; positions as the reference computes them, for other frames and pixels, too"
     size = dict(embed_dim=128, depth=1, num_heads=4)
-    student, recogniser = Student(1, 8, **size), Recognizer(3, num_frames=16, base_grid=(8, 14, 14), init_scale=1., **size)
+    student = Student(1, 8, **size)
+    recogniser = Recognizer(3, num_frames=16, base_grid=(8, 14, 14), init_scale=1., **size)
     for model, file in ((student, 'stage1.pth'), (recogniser, 'f16.pth')): save_published(model, tmp_path/file)
     config = small(clips, tmp_path/'run', init=str(tmp_path/'stage1.pth'), num_frames=4, image_size=112)
     model = build_model(config)
@@ -449,11 +465,31 @@ def test_published_files_as_start(clips, tmp_path):
     assert all((a == b).all() for a, b in zip(one.probabilities, two.probabilities))
 
 
+@pytest.mark.parametrize('num_frames, image_size', [(2, 64), (4, 48), (4, 64)])
+def test_a_file_and_a_folder_give_the_same_network(clips, tmp_path, num_frames, image_size):
+    "Whatever the clips of the task: the positions of a student, and of a Stage-2 model's student, follow one rule"
+    student = Student(1, 8, image_size=48, num_frames=2, **SIZES['nano'])
+    text = dict(vision_dim=128, fusion_layer=1, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                intermediate_size=64, vocab_size=50)
+    joined = Multimodal(dict(aligned_layers=0, image_size=48, num_frames=2, **SIZES['nano']), text)
+    for name, model in dict(student=student, joined=joined).items():
+        save_model(model, tmp_path/name)
+        save_published(model, tmp_path/f'{name}.pth')
+        changes = dict(num_frames=num_frames, image_size=image_size)
+        starts = (str(tmp_path/name), str(tmp_path/f'{name}.pth'))
+        folder, file = (build_model(small(clips, tmp_path/'run', init=start, **changes)) for start in starts)
+        assert folder.encoder.grid == (num_frames, image_size // 16, image_size // 16)
+        pairs = zip(folder.encoder.parameters(), file.encoder.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert_close(folder.encoder.positions, file.encoder.positions)
+
+
 def test_a_teacher_is_probed_and_a_run_without_a_model_is_no_start(clips, tmp_path):
     "A frame recogniser has features, too; what a teacher leaves is no `Recognizer`, and that is said"
     config = small(clips, tmp_path/'run', mode='linear', init='teacher')
     assert finetune(config)['num_clips'] == 7
-    with pytest.raises(FileNotFoundError, match='no model.json'): build_model(override(config, init=config.run_dir, head='fresh'))
+    with pytest.raises(FileNotFoundError, match='no model.json'):
+        build_model(override(config, init=config.run_dir, head='fresh'))
 
 
 def test_exchanged_weights_are_no_start(clips, tmp_path):
@@ -463,7 +499,8 @@ def test_exchanged_weights_are_no_start(clips, tmp_path):
     other = load_model(config.run_dir)
     with torch.no_grad(): other.head.bias += 1
     save_model(other, config.run_dir)
-    with pytest.raises(ValueError, match='its hash differs'): evaluate(override(evaluation_of(config), run_dir=str(tmp_path/'e')))
+    alone = override(evaluation_of(config), run_dir=str(tmp_path/'alone'))
+    with pytest.raises(ValueError, match='its hash differs'): evaluate(alone)
 
 
 # ---- Training ----
@@ -471,8 +508,8 @@ def test_exchanged_weights_are_no_start(clips, tmp_path):
 def test_everything_on(clips, tmp_path):
     "Mixup, repeated augmentation, RandAugment, erasing, recomputed activations and a weight average, for two steps"
     config = small(
-        clips, tmp_path/'run', crop='random_resized', rand_augment='rand-m7-n4-mstd0.5-inc1', random_erasing=.5, mixup=.8,
-        cutmix=1., num_sample=2, checkpoint_blocks=2, drop_path=.1, ema_decay=.5, micro_batch_size=2, lr=.01)
+        clips, tmp_path/'run', crop='random_resized', rand_augment='rand-m7-n4-mstd0.5-inc1', random_erasing=.5,
+        mixup=.8, cutmix=1., num_sample=2, checkpoint_blocks=2, drop_path=.1, ema_decay=.5, micro_batch_size=2, lr=.01)
     seen, loss_of = [], recognition.classification
     def spy(*args):
         inner = loss_of(*args)
@@ -509,7 +546,8 @@ def test_evaluation_on_the_way(clips, tmp_path):
     "It changes nothing, is on the declared split, and the best weights are named with the split that selected them"
     (clips/'selection.csv').write_text('train1.mp4,1\ntrain2.mp4,2\n')
     plain = small(clips, tmp_path/'plain', epochs=2, lr=.1)
-    watched = override(plain, {'run_dir': str(tmp_path/'watched'), 'validation.every': 1, 'selection_list': 'selection.csv'})
+    validation = {'validation.every': 1, 'selection_list': 'selection.csv'}
+    watched = override(plain, {'run_dir': str(tmp_path/'watched')} | validation)
     finetune(plain)
     finetune(watched)
     one, two = (load_file(Path(c.run_dir)/'model.safetensors') for c in (plain, watched))
@@ -525,7 +563,8 @@ def test_evaluation_on_the_way(clips, tmp_path):
 
 
 def test_linear_probe_goes_on_where_it_stopped(clips, fine, tmp_path, monkeypatch):
-    config = small(clips, tmp_path/'straight', mode='linear', init=str(fine), head='fresh', epochs=10, checkpoint_every=3, lr=.1)
+    config = small(
+        clips, tmp_path/'straight', mode='linear', init=str(fine), head='fresh', epochs=10, checkpoint_every=3, lr=.1)
     straight = finetune(config)
     loss_of, steps = recognition.classification, iter(range(1000))
     def stop(*args):
@@ -541,7 +580,7 @@ def test_linear_probe_goes_on_where_it_stopped(clips, fine, tmp_path, monkeypatc
     assert not (tmp_path/'stopped/model.safetensors').exists()
     resumed = finetune(config)
     assert (tmp_path/'stopped/features.safetensors').stat().st_mtime_ns == extracted and resumed['step'] == 20
-    assert {k: resumed[k] for k in ('loss', 'top1', 'confusion')} == {k: straight[k] for k in ('loss', 'top1', 'confusion')}
+    assert all(resumed[name] == straight[name] for name in ('loss', 'top1', 'confusion'))
     one, two = (load_file(tmp_path/run/'model.safetensors') for run in ('straight', 'stopped'))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     model, before = load_model(config.run_dir), load_model(fine)
@@ -584,7 +623,7 @@ MISTAKES = dict(
     head=(dict(head='carry'), 'no classifier to carry over'),
     odd_micro_batch=(dict(micro_batch_size=1, mixup=.8), 'must be even'),
     unlabelled_selection=(dict(selection_list='unlabelled.csv', every=1), 'needs labelled clips'),
-    range=(dict(layer_decay=0), 'layer_decay 0.0: expected more than 0'),
+    range=(dict(layer_decay=0), 'layer_decay 0.0: expected at most 1 and more than 0'),
     segments=(dict(num_segments=0), 'num_segments 0: expected at least 1'))
 
 
@@ -592,17 +631,20 @@ MISTAKES = dict(
 def test_mistakes(kind, clips, tmp_path, capsys):
     changes, expected = MISTAKES[kind]
     (clips/'unlabelled.csv').write_text('train1.mp4,-1\n')
-    argv = [*command_line(small(clips, tmp_path/'run')), *(f'--{name.replace("_", "-")}={value}' for name, value in changes.items())]
+    argv = command_line(small(clips, tmp_path/'run'))
+    argv += [f'--{name.replace("_", "-")}={value}' for name, value in changes.items()]
     for words in (argv, [*argv, '--dry-run']): assert expected in mistake(capsys, *words)
     assert not (tmp_path/'run').exists()
 
 
 def test_mistakes_of_an_evaluation(clips, fine, tmp_path, capsys):
     argv = command_line(test_of(clips, tmp_path/'run', fine))
-    for more, expected in (([f'--init={tmp_path}'], 'no model.safetensors in this folder'), (['--init=scratch'], 'needs a fine-tuned init'),
-                           (['--lr=1'], "has no option 'lr'"), (['--train-list=x.csv'], "has no option 'train_list'"),
-                           (['--val-list=no.csv'], 'no.csv: no such file'), (['--num-classes=2'], 'write data.num_classes=3')):
-        for words in ([*argv, *more], [*argv, *more, '--dry-run']): assert expected in mistake(capsys, *words)
+    wrong = {
+        f'--init={tmp_path}': 'no model.safetensors in this folder', '--init=scratch': 'needs a fine-tuned init',
+        '--lr=1': "has no option 'lr'", '--train-list=x.csv': "has no option 'train_list'",
+        '--val-list=no.csv': 'no.csv: no such file', '--num-classes=2': 'write data.num_classes=3'}
+    for option, expected in wrong.items():
+        for words in ([*argv, option], [*argv, option, '--dry-run']): assert expected in mistake(capsys, *words)
     assert not (tmp_path/'run').exists()
 
 
@@ -620,6 +662,7 @@ def test_command_line(clips, fine, tmp_path, caplog):
         assert caplog.records[-1].getMessage().endswith('top-5 1.000 7 clips')
         main([*command_line(small(clips, tmp_path/'dry')), '--dry-run'])
     printed = caplog.text
-    for expected in ('train.csv: 8 clips', 'val.csv: 7 clips, 0 missing', '2 steps x 1 epochs'): assert expected in printed
+    for expected in ('train.csv: 8 clips', 'val.csv: 7 clips, 0 missing', '2 steps x 1 epochs'):
+        assert expected in printed
     assert not (tmp_path/'dry').exists()
     with pytest.raises(SystemExit): main(['--preset', 'b16_k400', '--mode', 'train'])

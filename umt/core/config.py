@@ -355,4 +355,5 @@ def from_cli(
     except SystemExit as end:
         if end.code: fail(f'{_first_sentence(box.getvalue())} (see {prog} --help)')
         raise
+    except ValueError as error: fail(error) # of the outermost config, which tyro does not catch
     return parsed.settings, given.dry_run

@@ -207,12 +207,18 @@ def read_annotations(
     return make_manifest(file, root, good, first_id), names
 
 # %% ../../nbs/data/09_annotations.ipynb #bdbe7bd4
+def _is_file(
+    entry: os.DirEntry, # of a folder
+) -> bool: # True for a link in a circle, too: reading it will say so
+    try: return entry.is_file()
+    except OSError: return True
+
 def _files(
     folder: str, # absolute
 ) -> set[str]: # names of the files in it; links count if they lead to one
     "What is in a folder, nothing if there is no such folder"
     try:
-        with os.scandir(folder) as entries: return {entry.name for entry in entries if entry.is_file()}
+        with os.scandir(folder) as entries: return {entry.name for entry in entries if _is_file(entry)}
     except (FileNotFoundError, NotADirectoryError): return set()
 
 # %% ../../nbs/data/09_annotations.ipynb #20424443

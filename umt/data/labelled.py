@@ -78,7 +78,7 @@ def read_list(
     file: str, # the list
     names: list[str] | None = None, # that labels count, if they are known from another list
 ) -> LabelledList:
-    """Read a list. Raises `umt.data.tables.ManifestError` for malformed rows, FileNotFoundError for missing clips, listed."""
+    "Read a list. Raises `umt.data.tables.ManifestError` for malformed rows, FileNotFoundError listing missing clips."
     path, classes = Path(clips.root)/file, Path(clips.root)/clips.classes if clips.classes else names
     for needed in (path, *([classes] if clips.classes else [])):
         if not needed.is_file(): raise FileNotFoundError(f'{needed}: no such file')
@@ -87,7 +87,8 @@ def read_list(
     if lost and (clips.missing != 'drop' or not len(manifest)):
         listed = '\n'.join(f'  {name}' for name in lost[:50])
         raise FileNotFoundError(
-            f'{path}: {len(lost)} of {len(every)} clips are not in {clips.root} (data.missing=drop leaves them out):\n{listed}')
+            f'{path}: {len(lost)} of {len(every)} clips are not in {clips.root} '
+            f'(data.missing=drop leaves them out):\n{listed}')
     if lost: logger.warning(f'{path}: {len(lost)} of {len(every)} clips are not there and left out')
     return LabelledList(manifest, names, lost)
 
@@ -102,7 +103,8 @@ def check_labels(
     if (labels == -1).all(): return
     bad = [f'  {manifest.name(i)}: {label}' for i, label in enumerate(labels.tolist()) if not 0 <= label < num_classes]
     if not bad: return
-    advice = 'labels count from 0' if labels.min() < 0 else f'write data.num_classes={labels.max() + 1}, or correct the labels'
+    advice = f'write data.num_classes={labels.max() + 1}, or correct the labels'
+    if labels.min() < 0: advice = 'labels count from 0'
     raise ValueError(f'{file}: {len(bad)} labels outside 0 .. {num_classes - 1} ({advice}):\n' + '\n'.join(bad[:50]))
 
 def count_classes(
@@ -110,14 +112,14 @@ def count_classes(
     found: LabelledList, # of the training clips
     file: str, # the list, for the message
 ) -> int: # number of outputs
-    "How many classes there are to train on. Raises ValueError where the number that is wanted does not fit names or labels."
+    "How many classes there are to train on. ValueError where the number that is wanted does not fit names or labels."
     if (found.manifest.labels < 0).all(): raise ValueError(f'{file}: no labels to train on')
     count, what = int(found.manifest.labels.max()) + 1, 'labels'
     if found.names: count, what = len(found.names), 'class names'
     if wanted is not None and wanted > count or found.names and wanted not in (None, count):
         raise ValueError(
-            f'{file}: {count} {what}, but num_classes is {wanted}; write data.num_classes={count} (or none: it is then counted), '
-            'or give the names of all classes, data.classes')
+            f'{file}: {count} {what}, but num_classes is {wanted}; write data.num_classes={count} '
+            '(or none: it is then counted), or give the names of all classes, data.classes')
     count = count if wanted is None else wanted
     check_labels(found.manifest, count, file)
     return count
@@ -143,7 +145,7 @@ def cut_views(
 
 # %% ../../nbs/data/14_labelled.ipynb #1437305c
 class ViewDataset(VideoDataset):
-    "Clips with all their views, uint8 [views, 3, T, size, size]. One that cannot be decoded is zeros, and named in `failures`"
+    "Clips with all their views, uint8 [views, 3, T, size, size]. One that cannot be decoded: zeros, and `failures`"
     def __init__(self,
         manifest: Manifest, # which clips
         clips: TestClipsConfig, # num_frames, image_size
@@ -151,7 +153,8 @@ class ViewDataset(VideoDataset):
     ):
         self.views = (views.num_segments, views.num_crops)
         self.shape = (prod(self.views), 3, clips.num_frames, clips.image_size, clips.image_size)
-        choose = partial(view_indices, num_frames=clips.num_frames, sampling=views.sampling, num_segments=views.num_segments)
+        choose = partial(
+            view_indices, num_frames=clips.num_frames, sampling=views.sampling, num_segments=views.num_segments)
         crops = crop_views(clips.image_size, views.num_crops, normalize=False)
         cut = partial(cut_views, crops=crops, num_segments=views.num_segments)
         super().__init__(manifest, clips.num_frames, choose, cut, tries=1)
@@ -161,8 +164,10 @@ class ViewDataset(VideoDataset):
         try: return self.load(0, index)[0]
         except VideoError as error:
             sample_id, name = int(self.manifest.ids[index]), self.manifest.name(index)
-            return dict(video=torch.zeros(self.shape, dtype=torch.uint8), label=int(self.manifest.labels[index]), sample_id=sample_id,
-                        key=0, failures=[(sample_id, name, f'{type(error).__name__}: {error.reason}')])
+            failures = [(sample_id, name, f'{type(error).__name__}: {error.reason}')]
+            nothing = torch.zeros(self.shape, dtype=torch.uint8)
+            label = int(self.manifest.labels[index])
+            return dict(video=nothing, label=label, sample_id=sample_id, key=0, failures=failures)
 
 def one_view(
     views: ViewsConfig, # of the test
@@ -189,7 +194,8 @@ def read_test_clips(
     clips = config.data
     found, count = read_list(clips, clips.val_list, names), num_classes or clips.num_classes
     if found.names and count not in (None, len(found.names)):
-        raise ValueError(f'{clips.val_list}: {len(found.names)} class names, but num_classes is {count}; see data.classes')
+        raise ValueError(
+            f'{clips.val_list}: {len(found.names)} class names, but num_classes is {count}; see data.classes')
     count = count or (len(found.names) if found.names else None)
     if count: check_labels(found.manifest, count, clips.val_list)
     return LabelledData(None, ViewDataset(found.manifest, clips, config.views), None, found.names, count, found.missing)
@@ -212,7 +218,8 @@ def first_clips(
     if not is_emoji_motion(clips.root, [clips.train_list]):
         logger.info(f'{clips.train_list}: not a list of EmojiMotion, so train_clips={clips.train_clips} has no effect')
         return manifest
-    if clips.train_clips > len(manifest): raise ValueError(f'train_clips {clips.train_clips}: {clips.train_list} has {len(manifest)}')
+    if clips.train_clips > len(manifest):
+        raise ValueError(f'train_clips {clips.train_clips}: {clips.train_list} has {len(manifest)}')
     return manifest.subset(range(clips.train_clips))
 
 # %% ../../nbs/data/14_labelled.ipynb #778be217
@@ -220,12 +227,13 @@ def read_clips(
     config: Config, # seed, data, augment, views
     num_sample: int = 1, # augmentations of each training clip
 ) -> LabelledData:
-    "Read the lists of training, selection and test. Raises as `read_list`, and ValueError where labels or classes do not fit."
+    "Read the lists of training, selection and test. Raises as `read_list`; ValueError where labels do not fit."
     clips = config.data
     found = read_list(clips, clips.train_list)
     count = count_classes(clips.num_classes, found, clips.train_list)
     transform = train_transform(config.augment, clips.image_size)
-    train = VideoDataset(first_clips(clips, found.manifest), clips.num_frames, clips.sampling, transform, config.seed, num_sample)
+    manifest = first_clips(clips, found.manifest)
+    train = VideoDataset(manifest, clips.num_frames, clips.sampling, transform, config.seed, num_sample)
     test, selection = read_test_clips(config, found.names, count), None
     file, manifest = clips.val_list, test.val.manifest
     if clips.selection_list:

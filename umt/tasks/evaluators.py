@@ -54,7 +54,7 @@ def agree_on_failures(
     missing: str | None, # of the config: 'error' allows none
     limit: float, # share of the clips that may be left out
 ) -> list[Failure]: # of all processes, by sample id
-    "Tell all processes which clips cannot be decoded; collective. Raises `umt.data.media.DataError` on all of them if they are too many."
+    "Tell all processes which clips cannot be decoded; collective. All raise `DataError` if it is too many."
     every = sorted(map(tuple, gather_object(failures)))
     if not every: return every
     what = f'{len(every)} of {total} clips cannot be decoded'
@@ -68,10 +68,9 @@ def agree_on_failures(
 # %% ../../nbs/tasks/01_evaluators.ipynb #a776d7f9
 class Predictions(NamedTuple):
     "What a network says about every view of every clip."
-    rows: Tensor | None # float32 [clips, views, outputs] on the CPU, in the data set's order; None except on the main process
+    rows: Tensor | None # float32 [clips, views, outputs] on the CPU, in order; None except on the main process
     failures: list[Failure] # clips that could not be decoded: their rows mean nothing
 
-@torch.inference_mode()
 def predict(
     model: nn.Module, # a recogniser
     dataset: ViewDataset, # which clips and views
@@ -81,9 +80,12 @@ def predict(
     "Logits of every view of every clip; collective. Raises as `agree_on_failures`."
     accelerator, loader, dtype = start_accelerator(), config.loader, COMPUTE_DTYPE[config.device.precision]
     device, rank, was_training = accelerator.device, accelerator.process_index, model.training
-    model.to(device).eval()
-    forward = (lambda video: model.forward_head(model.forward_features(video), pre_logits=True)) if features else model
-    sampler = EvalSampler(len(dataset), max(1, config.views.batch_size // prod(dataset.views)), rank, accelerator.num_processes)
+    model.to(device).eval() # outside inference mode: its parameters may be trained later
+    def forward(video):
+        if not features: return model(video)
+        return model.forward_head(model.forward_features(video), pre_logits=True)
+    size = max(1, config.views.batch_size // prod(dataset.views))
+    sampler = EvalSampler(len(dataset), size, rank, accelerator.num_processes)
     batches = DataLoader(
         dataset, batch_sampler=sampler, num_workers=loader.num_workers, collate_fn=collate, worker_init_fn=worker_init,
         timeout=loader.timeout if loader.num_workers else 0, pin_memory=device.type == 'cuda')
@@ -91,7 +93,8 @@ def predict(
     for batch in tqdm(batches, 'features' if features else 'evaluation', disable=rank > 0 or not sys.stderr.isatty()):
         failures += batch['failures']
         video = normalize_video(batch['video'].to(device, non_blocking=True))
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32): out = forward(video.flatten(0, 1))
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            out = forward(video.flatten(0, 1))
         rows.append(out.float().cpu().unflatten(0, video.shape[:2]))
     model.train(was_training)
     failures = agree_on_failures(failures, len(dataset), config.data.missing, loader.bad_clip_limit)
@@ -108,8 +111,8 @@ def clip_probabilities(
 def scores(
     probabilities: Tensor, # [clips, classes]
     labels: Tensor, # int64 [clips]; all -1 = not known
-) -> dict: # num_clips; with labels also top1, top5, per_class (None = no clips), confusion [true][predicted] (to 1000 classes)
-    "Shares of clips whose label is the most probable class, or among the five (with fewer classes: that many) most probable."
+) -> dict: # num_clips; with labels also top1, top5, per_class (None: no clips), confusion [true][predicted]
+    "Shares of clips whose label is the most probable class, or in the first five. No confusion above 1000 classes."
     clips, num_classes = probabilities.shape
     if (labels < 0).all(): return {'num_clips': clips}
     hit = probabilities.topk(min(5, num_classes)).indices == labels[:, None]
@@ -128,11 +131,12 @@ def write_predictions(
     views: tuple[int, int], # segments and crops of each
     names: list[str] | None = None, # of the classes; kept in the file's metadata
 ):
-    """One row per clip: path (relative to the root), sample_id, label, predicted, probabilities [classes], logits [views][classes].
-    View v is segment v // crops, crop v % crops; the metadata (`segments`, `crops`) has the numbers."""
+    """One row per clip: path (relative to the root), sample_id, label, predicted, probabilities [classes],
+    logits [views][classes]. View v is segment v // crops, crop v % crops (both in the metadata)."""
     def fixed_size(x): return pa.FixedSizeListArray.from_arrays(pa.array(x.flatten().numpy()), x.shape[-1])
     probabilities = clip_probabilities(logits)
-    columns = dict(path=manifest.paths, sample_id=manifest.ids, label=manifest.labels, predicted=probabilities.argmax(1).numpy())
+    columns = dict(path=manifest.paths, sample_id=manifest.ids, label=manifest.labels)
+    columns['predicted'] = probabilities.argmax(1).numpy()
     per_view = pa.FixedSizeListArray.from_arrays(fixed_size(logits), logits.shape[1])
     table = pa.table(columns | dict(probabilities=fixed_size(probabilities), logits=per_view))
     about = dict(segments=str(views[0]), crops=str(views[1]), classes=json.dumps(names))
@@ -157,10 +161,11 @@ def dependencies(
     "All that the outputs of a network depend on, for `cached_evaluation`."
     clips, manifest = config.data, dataset.manifest
     network = getattr(model, 'config', None) or dict(pool_grid=model.pool_grid, structure=json_hash(repr(model)))
+    network = {name: value for name, value in network.items() if name not in NO_EFFECT}
     listed = [manifest.paths.to_pylist(), manifest.labels.tolist(), manifest.ids.tolist()]
     return dict(
         weights=weights_hash(model.state_dict()),
-        model=dict(kind=type(model).__name__) | {name: value for name, value in network.items() if name not in NO_EFFECT},
+        model=dict(kind=type(model).__name__) | network,
         protocol=dict(num_frames=clips.num_frames, image_size=clips.image_size, sampling=config.views.sampling,
                       segments=dataset.views[0], crops=dataset.views[1], precision=config.device.precision),
         clips=dict(list=json_hash(listed), file_sizes=json_hash(file_sizes(manifest)), missing=clips.missing))
@@ -172,8 +177,8 @@ def evaluate(
     data: LabelledData, # `val` is evaluated
     about: dict | None = None, # further entries of the result
 ) -> dict: # see `scores`; also segments, crops, left_out (path and reason of clips), num_left_out
-    """Evaluate, or return the same evaluation if it is already in `run_dir` (`evaluation.json`, beside `predictions.parquet`);
-    collective. Raises what `predict` raises, and ValueError if another evaluation is there."""
+    """Evaluate, or return the same evaluation if it is already in `run_dir` (`evaluation.json`, beside
+    `predictions.parquet`); collective. Raises what `predict` raises, and ValueError if another evaluation is there."""
     dataset, path = data.val, Path(config.run_dir)/'predictions.parquet'
     def compute():
         rows, failures = predict(model, dataset, config)
@@ -186,7 +191,8 @@ def evaluate(
         left_out = [dict(path=name, reason='not there') for name in data.missing]
         left_out += [dict(path=name, reason=reason) for _, name, reason in failures]
         return scores(clip_probabilities(logits), torch.tensor(manifest.labels)) | dict(
-            segments=dataset.views[0], crops=dataset.views[1], left_out=left_out, num_left_out=len(left_out), **about or {})
+            segments=dataset.views[0], crops=dataset.views[1], left_out=left_out, num_left_out=len(left_out),
+            **about or {})
     return cached_evaluation(config.run_dir, dependencies(config, model, dataset), compute)
 
 def accuracy(
@@ -208,8 +214,9 @@ def extract_features(
     model: nn.Module, # a recogniser
     manifest: Manifest, # the training clips
 ) -> dict[str, Tensor]: # features float32 [clips, D], label, sample_id
-    "Compute the features of one centre view per clip, or read those that are in the run directory; collective. Raises as `predict`."
-    path, dataset = Path(config.run_dir)/'features.safetensors', ViewDataset(manifest, config.data, one_view(config.views))
+    "Features of one centre view per clip; read if they are in the run directory. Collective. Raises as `predict`."
+    path = Path(config.run_dir)/'features.safetensors'
+    dataset = ViewDataset(manifest, config.data, one_view(config.views))
     about = dependencies(config, model, dataset)
     encoder = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith('head.')}
     made_from = json_hash(about | dict(weights=weights_hash(encoder)))
@@ -221,7 +228,8 @@ def extract_features(
         bad = torch.tensor([sample_id for sample_id, _, _ in failures], dtype=torch.int64)
         ids = torch.tensor(manifest.ids)
         good = ~torch.isin(ids, bad)
-        table = dict(features=rows[good, 0].contiguous(), label=torch.tensor(manifest.labels)[good], sample_id=ids[good])
+        table = dict(features=rows[good, 0].contiguous(), sample_id=ids[good])
+        table['label'] = torch.tensor(manifest.labels)[good]
         path.parent.mkdir(parents=True, exist_ok=True)
         with complete(path) as temporary: save_file(table, temporary, dict(made_from=made_from))
     start_accelerator().wait_for_everyone()
