@@ -239,9 +239,7 @@ class Teacher(nn.Module):
         self.aligned_layers, self.input_statistics, self.dtype = aligned_layers, input_statistics, dtype
         self.image_size, self.patch_size = visual.image_size[0], visual.patch_size[0]
         self.grid, self.target_dim = visual.grid_size[0], visual.output_dim
-        scale, shift = clip_statistics()
-        self.register_buffer('scale', scale, persistent=False)
-        self.register_buffer('shift', shift, persistent=False)
+        for name, value in clip_statistics().items(): self.register_buffer(name, value, persistent=False)
 
     def train(self, mode: bool = True): return super().train(False) # frozen for good
 
