@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MSRVTT', 'NANO_EMOJI', 'PRESETS', 'main', 'GalleryConfig', 'TokenizerConfig', 'RetrievalConfig',
-           'GalleryData', 'read_test_set', 'describe_test_set', 'other_protocol', 'depends_on', 'evaluate', 'Retrieval',
-           'zero_shot', 'dry_run']
+           'GalleryData', 'read_test_set', 'describe_test_set', 'other_protocol', 'depends_on', 'evaluate',
+           'recall_line', 'Retrieval', 'zero_shot', 'dry_run']
 
 # %% ../../nbs/tasks/10_retrieval.ipynb #2952e9db
 from dataclasses import dataclass
@@ -191,6 +191,17 @@ def evaluate(
         return ranked.metrics | counts
     return cached_evaluation(run_dir, depends_on(config, model, data), compute)
 
+# %% ../../nbs/tasks/10_retrieval.ipynb #b913e6d6
+def recall_line(
+    name: str, # of the ranking
+    prefix: str, # of its figures, '' or 'dual_'
+    result: dict, # of `evaluate`
+) -> str: # R@1, 5, 10 of both directions, and their mean
+    "The figures that tables show."
+    recalls = {way: [f'{result[f"{prefix}{way}_r{k}"]:.3f}' for k in (1, 5, 10)] for way in ('t2v', 'v2t')}
+    shares = ', '.join(f'{way} {" / ".join(values)}' for way, values in recalls.items())
+    return f'{name}: R@1/5/10 {shares}, mean {result[f"{prefix}r_mean"]:.3f}'
+
 # %% ../../nbs/tasks/10_retrieval.ipynb #d9eb4866
 class Retrieval(Task):
     "Zero-shot text-video retrieval."
@@ -230,11 +241,8 @@ class Retrieval(Task):
         return [*lines, describe_test_set(config, data)]
 
     def summary(self, result):
-        def line(name, prefix):
-            recalls = {way: [f'{result[f"{prefix}{way}_r{k}"]:.3f}' for k in (1, 5, 10)] for way in ('t2v', 'v2t')}
-            shares = ', '.join(f'{way} {" / ".join(values)}' for way, values in recalls.items())
-            return f'{name}: R@1/5/10 {shares}, mean {result[f"{prefix}r_mean"]:.3f}'
-        return line('re-ranked', '') + '\n' + line('dual encoder', 'dual_')
+        ways = {'re-ranked': '', 'dual encoder': 'dual_'}
+        return '\n'.join(recall_line(name, prefix, result) for name, prefix in ways.items())
 
 # %% ../../nbs/tasks/10_retrieval.ipynb #7e22cd08
 def zero_shot(

@@ -6,7 +6,7 @@
 __all__ = ['NEW_MODULES', 'BERT_SIZES', 'main', 'Stage2Data', 'read_pairs', 'collate_masked_pairs', 'check_continued',
            'encoder_changes', 'fresh_student', 'model_from', 'needed_teacher', 'check_fit', 'build_models', 'Targets',
            'pair_targets', 'pretraining_loss', 'lr_scale', 'param_groups', 'flops_per_pair', 'text_sizes',
-           'build_weightless', 'gallery_evaluator', 'Stage2', 'pretrain', 'dry_run']
+           'build_weightless', 'cost_lines', 'gallery_evaluator', 'Stage2', 'pretrain', 'dry_run']
 
 # %% ../../nbs/tasks/09_stage2.ipynb #423ae4c0
 from collections.abc import Callable
@@ -283,6 +283,23 @@ def build_weightless(
     freeze_unused(model, config.objectives.weights)
     return teacher, model
 
+# %% ../../nbs/tasks/09_stage2.ipynb #248784cf
+def cost_lines(
+    config: Stage2Config, # of the run
+    num_pairs: dict[str, int] | None = None, # medium -> pairs, if that is known
+) -> list[str]: # parameters, FLOPs, steps, A100-hours
+    "What a run would cost. Raises as `build_weightless`."
+    teacher, model = build_weightless(config)
+    flops = flops_per_pair(config, teacher, model)
+    networks = dict(model=model, teacher=teacher or nn.Identity())
+    sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    lines = [f'parameters {sizes["model"]:,}, teacher {sizes["teacher"]:,}',
+             *(f'{count / 1e9:10.1f} GFLOPs per {medium} with its sentence' for medium, count in flops.items())]
+    if not num_pairs: return [*lines, 'the number of pairs and the A100-hours are not known']
+    steps = sum(n // config.loop.batch_size for n in num_pairs.values())
+    total = sum(flops[medium] * n for medium, n in num_pairs.items()) * config.loop.epochs
+    return [*lines, f'{num_pairs}, {steps:,} steps x {config.loop.epochs} epochs', *a100_hours(total)]
+
 # %% ../../nbs/tasks/09_stage2.ipynb #248784cd
 def gallery_evaluator(
     config: Stage2Config, # of the run
@@ -339,18 +356,9 @@ class Stage2(Task):
             collate_fn=partial(collate_masked_pairs, tokenizer=data.tokenizer, word_ratio=config.masks.word_ratio),
             evaluator=gallery_evaluator(config, data) if data.gallery else None)
 
-    def costs(self, config, data, num_pairs=None):
-        teacher, model = build_weightless(config)
-        flops = flops_per_pair(config, teacher, model)
-        networks = dict(model=model, teacher=teacher or nn.Identity())
-        sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-        lines = [f'parameters {sizes["model"]:,}, teacher {sizes["teacher"]:,}',
-                 *(f'{count / 1e9:10.1f} GFLOPs per {medium} with its sentence' for medium, count in flops.items())]
-        if data: num_pairs = {medium: len(rows) for medium, rows in data.train.media.items()}
-        if not num_pairs: return [*lines, 'the number of pairs and the A100-hours are not known']
-        steps = sum(n // config.loop.batch_size for n in num_pairs.values())
-        total = sum(flops[medium] * n for medium, n in num_pairs.items()) * config.loop.epochs
-        return [*lines, f'{num_pairs}, {steps:,} steps x {config.loop.epochs} epochs', *a100_hours(total)]
+    def costs(self, config, data):
+        if not data: return cost_lines(config)
+        return cost_lines(config, {medium: len(rows) for medium, rows in data.train.media.items()})
 
 # %% ../../nbs/tasks/09_stage2.ipynb #0cef8efa
 def pretrain(
