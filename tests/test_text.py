@@ -101,7 +101,9 @@ def test_answers_are_not_cleaned():
 
 
 class Captions(list):
-    def __init__(self, tokenizer): self.tokenizer = tokenizer; super().__init__(['a cat', 'two dogs run'])
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        super().__init__(['a cat', 'two dogs run'])
     def __getitem__(self, i): return self.tokenizer.encode(super().__getitem__(i), 8)
 
 
