@@ -1,6 +1,6 @@
 """Losses and gradients of a tiny multimodal model. Tests call `compute` themselves, or start this file with torchrun
-and a JSON list of its arguments: every process takes its share of the batch, and process 0 writes `<name>.safetensors` into
-`folder`.
+and a JSON list of its arguments: every process takes its share of the batch, and process 0 writes `<name>.safetensors`
+into `folder`.
 `torchrun --nproc-per-node=2 multimodal_worker.py folder '[{"name": "ddp", ...}, ...]'`"""
 import json, sys
 from pathlib import Path

@@ -2,7 +2,6 @@
 import json
 import re
 import shlex
-from dataclasses import fields
 from pathlib import Path
 
 import nbformat
@@ -10,7 +9,7 @@ import papermill
 import pytest
 from nbclient import NotebookClient
 
-from umt.core.config import from_cli
+from umt.core.config import from_cli, leaves
 from umt.data import emoji_motion
 from umt.data.captions import read_captions
 from umt.data.corpora import find_corpora
@@ -91,8 +90,10 @@ def test_every_quoted_command_is_known():
 
 
 def test_quoted_options_exist():
-    known = {'--' + f.name.replace('_', '-') for c in CONFIGS for f in fields(c)} | {'--help', '--preset', '--dry-run'}
-    assert set(re.findall(r'`(--[a-z-]+)', everything)) <= known
+    every = [leaf for config in CONFIGS for leaf in leaves(config())]
+    known = {'--' + name.replace('_', '-') for leaf in every for name in (leaf.name, leaf.flat)}
+    known |= {'--help', '--preset', '--dry-run', '--config'}
+    assert set(re.findall(r'`(--[a-z.-]+)', everything)) <= known
 
 
 @pytest.fixture

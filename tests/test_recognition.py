@@ -1,5 +1,5 @@
-"Evaluation and recognition: recipes against the published ones, views, several processes, classifiers by name, where runs start, and how they go on"
-import json, shutil, subprocess, sys
+"Recognition: recipes against the published ones, views, several processes, classifiers by name, where runs start, mistakes"
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import pandas as pd
@@ -9,20 +9,21 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
+from umt.core.config import UsageError, leaves, override
 from umt.data import emoji_motion
-from umt.tasks import evaluators as evaluation, recognition
-from umt.models.published import load_model, save_model, save_published
+from umt.data.labelled import ViewDataset, ViewsConfig, read_clips, read_test_clips
 from umt.data.media import DataError
 from umt.data.tables import read_manifest
-from umt.tasks.evaluators import ViewDataset, build_datasets, clip_probabilities, predict, scores
-from umt.tasks.recognition import PRESETS, PUBLISHED, build_model, dry_run, finetune, main
-from umt.training.schedule import layer_groups
+from umt.data.transforms import normalize_video
 from umt.models.backbone import position_table
 from umt.models.heads import Recognizer
+from umt.models.published import load_model, save_model, save_published
 from umt.models.student import SIZES, Student
-from umt.core.config import override
-from umt.training.distributed import start_accelerator
-from umt.training.schedule import learning_rate
+from umt.tasks import evaluators, recognition
+from umt.tasks.evaluators import clip_probabilities, dependencies, predict, scores
+from umt.tasks.recognition import PRESETS, PUBLISHED, EvaluationConfig, build_model, dry_run, evaluate, evaluation_of, finetune, main
+from umt.tasks.recognizers import build_saved
+from umt.training.schedule import layer_groups, learning_rate
 
 # The published recipes, script by script: start, batch per GPU (of 16), repeated augmentation, learning rate used, epochs, warm-up, drop path,
 # layer decay, weight decay, checkpointed blocks, segments, crops.
@@ -44,26 +45,35 @@ CLASSES = dict(k710=710, k400=400, k600=600, k700=700, mit=339, ssv2=174)
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_published_recipes(name):
-    start, batch, sample, lr, epochs, warmup, drop_path, layer_decay, weight_decay, blocks, segments, crops = SCRIPTS[name]
+    (start, batch, sample, lr, epochs, warmup, drop_path, layer_decay, weight_decay, blocks, segments, crops) = SCRIPTS[name]
     c, task = PUBLISHED[name], name.split('_')[1]
-    assert PRESETS[name] is c and c.init == f'runs/{start}'
-    assert (c.batch_size, c.micro_batch_size, c.num_sample) == (16 * batch, batch, sample)
+    loop, adam, data, augment, student, views = c.loop, c.optimizer, c.data, c.augment, c.student, c.views
+    assert PRESETS[name] is c and c.start.init == f'runs/{start}'
+    assert (loop.batch_size, loop.micro_batch_size, loop.num_sample) == (16 * batch, batch, sample)
     scale, n = 16 * batch * sample / 256, 100
-    assert_close(learning_rate(warmup * n, c, n), lr)
-    assert_close([learning_rate(0, c, n), learning_rate(warmup * n - 1, c, n)], [1e-6 * scale, lr])
-    end = learning_rate(epochs * n - 1, c, n)
-    assert_close(c.min_lr * scale, 1e-6 * scale)
+    def rate(step): return learning_rate(step, adam, n, loop.epochs, loop.batch_size * loop.num_sample)
+    assert_close(rate(warmup * n), lr)
+    assert_close([rate(0), rate(warmup * n - 1)], [1e-6 * scale, lr])
+    end = rate(epochs * n - 1)
+    assert_close(adam.min_lr * scale, 1e-6 * scale)
     assert 1e-6 * scale < end < 1e-6 * scale + 1e-3 * lr
-    assert (c.epochs, c.warmup_epochs, c.drop_path, c.layer_decay, c.weight_decay) == (epochs, warmup, drop_path, layer_decay, weight_decay)
-    assert (c.checkpoint_blocks, c.num_segments, c.num_crops) == (blocks, segments, crops)
-    assert (c.betas, c.eps, c.clip_grad, c.ema_decay, c.precision, c.num_workers) == ((.9, .999), 1e-8, None, None, 'fp16', 12)
-    assert (c.mixup, c.cutmix, c.label_smoothing, c.rand_augment, c.random_erasing) == (.8, 1., .1, 'rand-m7-n4-mstd0.5-inc1', .25)
-    assert (c.crop, c.pool_grid, c.patch_size, c.mode) == ('random_resized', (1, 1, 1), 16, 'full')
-    assert c.num_classes == CLASSES[task] and c.train_list == f'{task}_train.csv' and c.val_list == f'{task}_val.csv'
-    assert c.num_frames == (16 if name.endswith('f16') else 8) and c.image_size == (384 if name.endswith('384') else 224)
-    assert c.student == ('large' if name[0] == 'l' else 'base')
-    assert c.flip == (task != 'ssv2') and (c.train_sampling, c.val_sampling) == (('ssv2_train', 'ssv2_test') if task == 'ssv2' else ('kinetics_sparse_train', 'kinetics_sparse_test'))
-    assert c.head == ('carry' if task in ('k400', 'k600', 'k700') or name.endswith('384') else 'fresh' if task == 'mit' else None)
+    assert (loop.epochs, adam.warmup_epochs, student.drop_path, c.layer_decay) == (epochs, warmup, drop_path, layer_decay)
+    assert (adam.weight_decay, student.checkpoint_blocks) == (weight_decay, blocks)
+    assert (views.num_segments, views.num_crops) == (segments, crops)
+    assert (adam.betas, adam.eps, loop.clip_grad, loop.ema_decay) == ((.9, .999), 1e-8, None, None)
+    assert (c.device.precision, c.loader.num_workers) == ('fp16', 12)
+    assert (augment.mixup, augment.cutmix, augment.label_smoothing) == (.8, 1., .1)
+    assert (augment.rand_augment, augment.random_erasing) == ('rand-m7-n4-mstd0.5-inc1', .25)
+    assert (augment.crop, c.pool_grid, student.patch_size, c.mode) == ('random_resized', (1, 1, 1), 16, 'full')
+    assert (student.tubelet_size, student.attention) == (1, 'joint')
+    assert (data.num_classes, data.train_list, data.val_list) == (CLASSES[task], f'{task}_train.csv', f'{task}_val.csv')
+    assert data.classes == (f'{task}_classes.txt' if task[0] == 'k' else None)
+    assert data.num_frames == (16 if name.endswith('f16') else 8) and data.image_size == (384 if name.endswith('384') else 224)
+    assert student.size == ('large' if name[0] == 'l' else 'base')
+    rules = ('ssv2_train', 'ssv2_test') if task == 'ssv2' else ('kinetics_sparse_train', 'kinetics_sparse_test')
+    assert augment.flip == (task != 'ssv2') and (data.sampling, views.sampling) == rules
+    carried = task in ('k400', 'k600', 'k700') or name.endswith('384')
+    assert c.start.head == ('carry' if carried else 'fresh' if task == 'mit' else None)
 
 
 def test_all_recipes_are_checked(): assert set(SCRIPTS) == set(PUBLISHED)
@@ -82,10 +92,10 @@ def test_layer_decay(size, decay, stem, last):
     assert found['encoder.blocks.0.attn.q_bias'][1] == 0.
 
 
-# A few clips on disk; two of them share their file name
+# ---- A few clips on disk; two of them share their file name ----
 
-SMALL = dict(image_size=48, num_frames=2, num_classes=3, pool_grid='1,1,1', batch_size=4, epochs=1, warmup_epochs=0, train_clips=None,
-             train_list='train.csv', val_list='val.csv', eval_batch_size=5, log_every=1)
+DATA = dict(image_size=48, num_frames=2, num_classes=3, val_list='val.csv', eval_batch_size=5)
+TRAINING = dict(pool_grid='1,1,1', batch_size=4, epochs=1, warmup_epochs=0, train_clips=None, train_list='train.csv', log_every=1)
 
 
 @pytest.fixture(scope='module')
@@ -102,12 +112,22 @@ def clips(tmp_path_factory):
     (folder/'train.csv').write_text(''.join(f'train{n}.mp4,{n % 3}\n' for n in range(8)))
     (folder/'broken.mp4').write_bytes(b'no video')
     (folder/'broken.csv').write_text((folder/'val.csv').read_text() + 'broken.mp4,0\n')
+    (folder/'one.csv').write_text('a/clip.mp4,2\n')
     (folder/'classes.txt').write_text('jumping jacks\nt\'ai chi\nriding (a) mule\n')
     return folder
 
 
 def small(clips, run_dir, **changes):
-    return override(PRESETS['quick_emoji'], **SMALL | dict(data_root=str(clips), run_dir=str(run_dir)) | changes)
+    "A training run of seconds"
+    return override(PRESETS['quick_emoji'], DATA | TRAINING | dict(data_root=str(clips), run_dir=str(run_dir)) | changes)
+
+
+def test_of(clips, run_dir, init, **changes):
+    "An evaluation of seconds"
+    return override(EvaluationConfig(), DATA | dict(data_root=str(clips), run_dir=str(run_dir), init=str(init)) | changes)
+
+
+test_of.__test__ = False # not a test itself
 
 
 @pytest.fixture(scope='module')
@@ -123,34 +143,60 @@ def fine(clips, tmp_path_factory):
 
 
 def command_line(config):
-    return [f'--{name.replace("_", "-")}={getattr(config, name)}' for name in config.__dataclass_fields__]
+    def text(value): return ','.join(map(str, value)) if isinstance(value, tuple) else str(value)
+    alone = ['evaluate'] if isinstance(config, EvaluationConfig) else []
+    return alone + [f'--{leaf.name.replace("_", "-")}={text(leaf.value)}' for leaf in leaves(config)]
+
+
+def mistake(capsys, *argv):
+    "The one line that a user's mistake ends in"
+    capsys.readouterr()
+    with pytest.raises(UsageError) as ended: main([*argv])
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert 'error: ' in str(ended.value)
+    return str(ended.value) + line
 
 
 WORKER = """import json, sys
-from umt.datasets import DataError
-from umt.recognition import main
+from umt.tasks.recognition import main
 for argv in json.loads(sys.argv[1]):
     try: main(argv)
-    except DataError as error: sys.stdout.write(f'DataError: {error}\\n'); sys.stdout.flush()"""
+    except SystemExit as end: print(f'ended {end.code}: {end}', flush=True)"""
 
 
 @pytest.fixture(scope='module')
 def together(clips, fine, tmp_path_factory):
     "The runs that two processes do together, one after the other: their configs by name, and what was printed"
     folder = tmp_path_factory.mktemp('together')
-    (clips/'one.csv').write_text('a/clip.mp4,2\n')
-    frozen = dict(mode='linear', init=str(fine), head='fresh', epochs=3)
-    runs = dict(views=dict(mode='evaluate', init=str(fine), num_segments=2, num_crops=3), broken=dict(mode='evaluate', init=str(fine), val_list='broken.csv'),
-                one=dict(mode='evaluate', init=str(fine), val_list='one.csv'), linear=frozen, fsdp=dict(sharding='fsdp'))
-    configs = {name: small(clips, folder/name, **changes) for name, changes in runs.items()}
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', '--no-python', sys.executable, '-c', WORKER]
-    done = subprocess.run([*launch, json.dumps([command_line(c) for c in configs.values()])], capture_output=True, text=True, timeout=300)
+    def tested(name, **changes): return test_of(clips, folder/name, fine, **changes)
+    configs = dict(
+        views=tested('views', sampling='kinetics_sparse_val', num_segments=2, num_crops=3),
+        broken=tested('broken', val_list='broken.csv'),
+        refused=tested('refused', val_list='broken.csv', missing='error'),
+        one=tested('one', val_list='one.csv'),
+        linear=small(clips, folder/'linear', mode='linear', init=str(fine), head='fresh', epochs=3),
+        fsdp=small(clips, folder/'fsdp', sharding='fsdp'))
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', '--no-python']
+    argv = [*launch, sys.executable, '-c', WORKER, json.dumps([command_line(c) for c in configs.values()])]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return configs, done.stdout
+    return configs, done.stdout + done.stderr
 
 
 def stored(config): return json.loads(Path(config.run_dir, 'evaluation.json').read_text())
 
+
+def predictions(run_dir): return pd.read_parquet(Path(run_dir)/'predictions.parquet')
+
+
+def views_of(table, column):
+    "A column of predictions as a tensor"
+    nested = column == 'logits'
+    return torch.tensor([[list(v) for v in row] if nested else list(row) for row in table[column]])
+
+
+# ---- Figures ----
 
 def test_views_are_averaged_as_probabilities():
     "By hand: softmax of each view, then the mean. Averaging logits, or log-probabilities, would choose the other class"
@@ -162,62 +208,157 @@ def test_views_are_averaged_as_probabilities():
 def test_scores_by_hand():
     p = torch.tensor([[.6, .4], [.3, .7], [.9, .1]])
     found = scores(p, torch.tensor([0, 0, 1]))
-    assert found == {'num_clips': 3, 'top1': pytest.approx(1 / 3), 'top5': 1., 'per_class': [.5, 0.], 'confusion': [[1, 1], [1, 0]]}
+    expected = {'num_clips': 3, 'top1': pytest.approx(1 / 3), 'top5': 1., 'per_class': [.5, 0.], 'confusion': [[1, 1], [1, 0]]}
+    assert found == expected
     assert 'confusion' not in scores(torch.rand(2, 1001), torch.tensor([0, 5]))
 
+
+# ---- Several processes ----
 
 def test_processes_share_an_evaluation(clips, fine, together, tmp_path):
     "Seven clips, six views each: one process and two find the same, clip by clip, and two files of one name stay two"
     configs, printed = together
     alone = override(configs['views'], run_dir=str(tmp_path/'alone'))
-    result, shared = finetune(alone), stored(configs['views'])
-    assert shared == {k: result[k] for k in shared} and shared['num_clips'] == 7
-    assert printed.count('7 clips\n') == 3 # each run's line once: views, linear, fsdp
-    one, two = (pd.read_parquet(Path(c.run_dir)/'predictions.parquet') for c in (alone, configs['views']))
+    result, shared = evaluate(alone), stored(configs['views'])
+    assert shared == result and shared['num_clips'] == 7
+    one, two = (predictions(c.run_dir) for c in (alone, configs['views']))
     assert list(one.path) == list(two.path) == ['a/clip.mp4', 'b/clip.mp4', *(f'{n}.mp4' for n in range(5))]
     assert list(two.label) == [0, 1, 2, 0, 1, 2, 0] and list(two.sample_id) == list(range(7))
-    stack = lambda table, column: torch.tensor([[list(v) for v in row] if column == 'logits' else list(row) for row in table[column]])
-    assert stack(one, 'logits').shape == (7, 6, 3)
-    assert_close(stack(one, 'logits'), stack(two, 'logits'), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(stack(two, 'logits')[0], stack(two, 'logits')[1], atol=1e-3)
-    data, model = ViewDataset(read_manifest(clips/'val.csv'), alone, 2, 3), load_model(fine).eval()
-    with torch.no_grad(): expected = torch.stack([model(data[0, i]['video']) for i in range(7)])
-    assert_close(stack(two, 'logits'), expected, rtol=1e-4, atol=1e-4)
-    assert_close(stack(two, 'probabilities'), expected.softmax(-1).mean(1), rtol=1e-4, atol=1e-5)
+    assert views_of(one, 'logits').shape == (7, 6, 3)
+    assert_close(views_of(one, 'logits'), views_of(two, 'logits'), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(views_of(two, 'logits')[0], views_of(two, 'logits')[1], atol=1e-3)
+    data, model = ViewDataset(read_manifest(clips/'val.csv'), alone.data, alone.views), load_model(fine).eval()
+    with torch.no_grad(): expected = torch.stack([model(normalize_video(data[0, i]['video'])) for i in range(7)])
+    assert_close(views_of(two, 'logits'), expected, rtol=1e-4, atol=1e-4)
+    assert_close(views_of(two, 'probabilities'), expected.softmax(-1).mean(1), rtol=1e-4, atol=1e-5)
 
 
-def test_an_undecodable_clip_stops_all_processes(together, tmp_path):
+def test_processes_agree_on_clips_that_cannot_be_decoded(together):
     configs, printed = together
-    with pytest.raises(DataError, match='1 of 8 clips cannot be decoded.*\n  broken.mp4'): finetune(override(configs['broken'], run_dir=str(tmp_path)))
-    assert printed.count('DataError: 1 of 8 clips cannot be decoded') == 2 and printed.count('  broken.mp4: ') == 2
-    assert not Path(configs['broken'].run_dir, 'evaluation.json').exists() and not Path(configs['broken'].run_dir, 'predictions.parquet').exists()
+    found = stored(configs['broken'])
+    assert (found['num_clips'], found['num_left_out']) == (7, 1) and found['left_out'][0]['path'] == 'broken.mp4'
+    assert list(predictions(configs['broken'].run_dir).path) == list(predictions(configs['views'].run_dir).path)
+    assert printed.count('ended 1: ') == 2 and '1 of 8 clips cannot be decoded' in printed
+    assert not any(Path(configs['refused'].run_dir, file).exists() for file in ('evaluation.json', 'predictions.parquet'))
 
 
 def test_more_processes_than_clips(together): assert stored(together[0]['one'])['num_clips'] == 1
 
 
-def test_an_evaluation_is_repeated_only_where_something_changed(clips, fine, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(evaluation, 'predict', lambda *args, **kwargs: calls.append(1) or predict(*args, **kwargs))
-    config = small(clips, tmp_path/'run', mode='evaluate', init=str(fine))
-    first = finetune(config)
-    assert finetune(config) == first and len(calls) == 1
-    assert finetune(override(config, num_segments=2))['segments'] == 2 and len(calls) == 2
+def test_two_processes_train_a_probe(together, tmp_path):
+    two = together[0]['linear']
+    one = override(two, run_dir=str(tmp_path/'one'))
+    result, shared = finetune(one), stored(two)
+    tables = [load_file(Path(c.run_dir)/'features.safetensors') for c in (one, two)]
+    assert tables[0]['features'].shape == (8, 128)
+    for name in tables[0]: assert_close(tables[0][name], tables[1][name], rtol=1e-4, atol=1e-5)
+    assert_close(load_model(two.run_dir).head.weight, load_model(one.run_dir).head.weight, rtol=1e-3, atol=1e-4)
+    same = ('num_clips', 'top1', 'confusion')
+    assert {k: shared[k] for k in same} == {k: result[k] for k in same}
 
+
+def test_a_sharded_model_is_evaluated_whole(together):
+    config = together[0]['fsdp']
+    model, table = load_model(config.run_dir).eval(), predictions(config.run_dir)
+    assert len(table) == 7
+    with torch.no_grad(): logits = model(normalize_video(read_clips(config).val[0, 6]['video']))[0]
+    assert_close(torch.tensor(list(table.logits[6][0])), logits, rtol=1e-4, atol=1e-5)
+
+
+# ---- Which evaluation is it? ----
+
+def test_an_evaluation_is_kept_and_another_one_refused(clips, fine, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(evaluators, 'predict', lambda *args, **kwargs: calls.append(1) or predict(*args, **kwargs))
+    config = test_of(clips, tmp_path/'run', fine)
+    first = evaluate(config)
+    assert evaluate(config) == first and len(calls) == 1
+    for change, differs in ((dict(num_segments=2), r'protocol\.segments: 1 -> 2'), (dict(num_frames=4), r'protocol\.num_frames: 2 -> 4'),
+                            (dict(precision='bf16'), r'protocol\.precision'), (dict(val_list='one.csv'), r'clips\.list')):
+        with pytest.raises(ValueError, match=f'holds another evaluation .*{differs}'): evaluate(override(config, change))
+    assert evaluate(override(config, eval_batch_size=1)) == first and len(calls) == 1
+
+
+def test_another_copy_of_the_clips_is_not_answered_with_the_old_score(clips, fine, tmp_path):
+    config, other = test_of(clips, tmp_path/'run', fine), tmp_path/'other'
+    shutil.copytree(clips, other, ignore=shutil.ignore_patterns('emoji'))
+    evaluate(config)
+    evaluate(override(config, data_root=str(other))) # the same files elsewhere
+    shutil.copy(other/'2.mp4', other/'a/clip.mp4')
+    assert (other/'2.mp4').stat().st_size != (clips/'a/clip.mp4').stat().st_size
+    with pytest.raises(ValueError, match=r'clips\.file_sizes'): evaluate(override(config, data_root=str(other)))
+
+
+@pytest.mark.parametrize('one, two', [(dict(pool_grid=(2, 3, 3)), dict(pool_grid=(2, 3, 3), num_heads=2)),
+                                      (dict(pool_grid=(1, 3, 2)), dict(pool_grid=(1, 2, 3)))])
+def test_networks_of_the_same_weights_are_told_apart(clips, tmp_path, one, two):
+    config = test_of(clips, tmp_path, 'unused')
+    data = read_test_clips(config)
+    first, second = (Recognizer(3, image_size=48, num_frames=2, **SIZES['nano'] | changes) for changes in (one, two))
+    second.load_state_dict(first.state_dict())
+    one, two = (dependencies(config, model, data.val) for model in (first, second))
+    assert one['weights'] == two['weights'] and one['model'] != two['model']
+
+
+def test_a_protocol_that_differs_from_the_training_is_said(clips, fine, tmp_path, caplog):
+    config = test_of(clips, tmp_path/'run', fine, num_frames=4, image_size=64)
+    with caplog.at_level('WARNING'): result = evaluate(config)
+    assert result['other_protocol'] == ['num_frames: 2 -> 4', 'image_size: 48 -> 64']
+    assert any('num_frames: 2 -> 4' in record.getMessage() for record in caplog.records)
+    assert evaluate(test_of(clips, tmp_path/'same', fine))['other_protocol'] == []
+
+
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+def test_half_precision_evaluation(clips, fine, tmp_path, precision):
+    full, half = (evaluate(test_of(clips, tmp_path/p, fine, precision=p)) for p in ('fp32', precision))
+    one, two = (views_of(predictions(tmp_path/p), 'probabilities') for p in ('fp32', precision))
+    assert_close(one, two, rtol=0, atol=.1)
+    assert not torch.equal(one, two) and half['num_clips'] == full['num_clips']
+
+
+# ---- Clips and lists ----
 
 def test_lists(clips, fine, tmp_path):
-    "Clips that are not there, labels that cannot be, lists without labels, names that do not fit"
-    config = small(clips, tmp_path/'run', mode='evaluate', init=str(fine), val_list='lost.csv')
+    "Clips that are not there, labels that cannot be, names that do not fit"
+    config = test_of(clips, tmp_path/'run', fine, val_list='lost.csv')
     (clips/'lost.csv').write_text('a/clip.mp4,0\nlost/clip.mp4,1\nb/clip.mp4,1\n')
-    with pytest.raises(FileNotFoundError, match='1 of 3 clips are not in .*\n  lost/clip.mp4'): build_datasets(config, train=False)
-    result = finetune(override(config, missing='drop'))
-    assert (result['num_clips'], result['dropped']) == (2, 1)
+    with pytest.raises(FileNotFoundError, match='1 of 3 clips are not in .*\n  lost/clip.mp4'): read_test_clips(config)
+    result = evaluate(override(config, missing='drop'))
+    assert (result['num_clips'], result['left_out']) == (2, [dict(path='lost/clip.mp4', reason='not there')])
     (clips/'wrong.csv').write_text('a/clip.mp4,0\nb/clip.mp4,3\n')
-    with pytest.raises(ValueError, match='1 labels outside 0 .. 2 .*\n  b/clip.mp4: 3'): build_datasets(override(config, val_list='wrong.csv'), train=False)
-    with pytest.raises(ValueError, match='train_clips 9: train.csv has 8'): build_datasets(override(config, train_clips=9))
+    with pytest.raises(ValueError, match='(?s)1 labels outside 0 .. 2 .*\n  b/clip.mp4: 3'):
+        read_test_clips(override(config, val_list='wrong.csv'))
     (clips/'two.txt').write_text('one\ntwo\n')
     (clips/'low.csv').write_text('a/clip.mp4,1\n')
-    with pytest.raises(ValueError, match='2 class names, but num_classes is 3'): build_datasets(override(config, val_list='low.csv', classes='two.txt'), train=False)
+    with pytest.raises(ValueError, match='2 class names, but num_classes is 3'):
+        read_test_clips(override(config, val_list='low.csv', classes='two.txt'))
+
+
+def test_one_of_the_test_clips_cannot_be_decoded(clips, tmp_path):
+    "After days of training: the others are evaluated. Two of two are too many"
+    (clips/'half.csv').write_text('a/clip.mp4,0\nbroken.mp4,1\n')
+    (clips/'none.csv').write_text('broken.mp4,1\n')
+    config = small(clips, tmp_path/'run', val_list='half.csv')
+    result = finetune(override(config, {'validation.every': 1}))
+    assert (result['num_clips'], result['num_left_out'], result['left_out'][0]['path']) == (1, 1, 'broken.mp4')
+    assert 'UnreadableVideo' in result['left_out'][0]['reason']
+    strict = small(clips, tmp_path/'strict', val_list='half.csv', missing='error')
+    with pytest.raises(DataError, match='1 of 2 clips cannot be decoded'): finetune(strict)
+    assert (tmp_path/'strict/model.safetensors').exists()
+    with pytest.raises(DataError, match='1 of 1 clips'): evaluate(test_of(clips, tmp_path/'none', tmp_path/'run', val_list='none.csv'))
+
+
+def test_links_that_lead_out_or_in_a_circle(clips, tmp_path):
+    "In training they are replaced and listed, in a test left out"
+    root = tmp_path/'data'
+    shutil.copytree(clips, root, ignore=shutil.ignore_patterns('emoji'))
+    (root/'out.mp4').symlink_to(clips/'train0.mp4')
+    (root/'circle.mp4').symlink_to(root/'circle.mp4')
+    (root/'linked.csv').write_text((root/'train.csv').read_text() + 'out.mp4,0\n')
+    (root/'linked_val.csv').write_text((root/'val.csv').read_text() + 'out.mp4,0\n')
+    result = finetune(small(root, tmp_path/'run', train_list='linked.csv', val_list='linked_val.csv', bad_clip_limit=.5, epochs=2))
+    assert (result['num_clips'], result['num_left_out'], result['quarantined']) in ((7, 1, 1), (7, 1, 0))
+    assert 'link' in result['left_out'][0]['reason'].lower()
 
 
 def test_official_annotations(clips, fine, tmp_path):
@@ -225,21 +366,46 @@ def test_official_annotations(clips, fine, tmp_path):
     header = 'label,youtube_id,time_start,time_end,split\n'
     names = ['jumping jacks', "t'ai chi", 'riding (a) mule']
     for split, count in (('train', 6), ('val', 4)):
+        rows = [f'{names[n % 3 if split == "train" else 1]},{split}video{n},1,11,{split}\n' for n in range(count)]
         for n in range(count): shutil.copy(clips/f'train{n}.mp4', clips/f'{split}video{n}_000001_000011.mp4')
-        (clips/f'k_{split}.csv').write_text(header + ''.join(f'{names[n % 3 if split == "train" else 1]},{split}video{n},1,11,{split}\n' for n in range(count)))
-    config = small(clips, tmp_path/'run', annotations='kinetics', train_list='k_train.csv', val_list='k_val.csv', mode='linear')
-    data = build_datasets(config)
-    assert data.names == sorted(names) and set(data.val.manifest.labels.tolist()) == {sorted(names).index("t'ai chi")}
+        (clips/f'k_{split}.csv').write_text(header + ''.join(rows))
+    config = small(clips, tmp_path/'run', annotations='kinetics', train_list='k_train.csv', val_list='k_val.csv',
+                   mode='linear', num_classes=None)
+    data = read_clips(config)
+    assert data.names == sorted(names) and data.num_classes == 3
+    assert set(data.val.manifest.labels.tolist()) == {sorted(names).index("t'ai chi")}
     finetune(config)
     assert json.loads((tmp_path/'run/classes.json').read_text()) == sorted(names)
-    again = finetune(override(config, mode='evaluate', init=config.run_dir, run_dir=str(tmp_path/'again'), classes='classes.txt'))
+    alone = override(evaluation_of(config), run_dir=str(tmp_path/'again'), classes='classes.txt')
+    again = evaluate(alone)
     assert again['per_class'] == [None, again['top1'], None]
-    (clips/'new_classes.txt').write_text('Riding a Mule\ntai_chi\n')
-    one = small(clips, tmp_path/'other', init=config.run_dir, head='carry', num_classes=2, classes='new_classes.txt')
+    one = small(clips, tmp_path/'other', init=config.run_dir, head='carry', num_classes=2)
     old, new = load_model(config.run_dir), build_model(one, ['Riding a Mule', 'tai_chi'])
     assert torch.equal(new.head.weight, old.head.weight[[sorted(names).index(n) for n in (names[2], names[1])]])
-    with pytest.raises(ValueError, match="(?s)'riding a horse': no such class; nearest: 'riding a mule'"): build_model(one, ['riding a horse', 'tai chi'])
+    with pytest.raises(ValueError, match="(?s)'riding a horse': no such class; nearest: 'riding a mule'"):
+        build_model(one, ['riding a horse', 'tai chi'])
 
+
+def test_lists_without_labels_get_predictions(clips, fine, tmp_path):
+    (clips/'labels.json').write_text(json.dumps({'a': '0', 'b': '1', 'c': '2'}))
+    (clips/'test.json').write_text(json.dumps([{'id': '0'}, {'id': '1'}]))
+    official = dict(annotations='ssv2', layout='{id}.mp4', classes='labels.json', val_list='test.json')
+    result = evaluate(test_of(clips, tmp_path/'run', fine, **official))
+    assert result['num_clips'] == 2 and 'top1' not in result and len(predictions(tmp_path/'run')) == 2
+    with pytest.raises(ValueError, match='no labels to train on'):
+        read_clips(small(clips, tmp_path, **official | dict(train_list='test.json')))
+
+
+def test_presets_leftovers_never_limit_other_data(clips, tmp_path, caplog):
+    "`train_clips` counts for EmojiMotion's own lists; here it would leave 2 of 8"
+    with caplog.at_level('INFO'): data = read_clips(small(clips, tmp_path, train_clips=2))
+    assert len(data.train) == 8 and 'train_clips=2 has no effect' in caplog.text
+    emoji = small(clips/'emoji', tmp_path, train_list='action_train.csv', val_list='action_val.csv', num_classes=None)
+    assert len(read_clips(override(emoji, train_clips=2)).train) == 2
+    with pytest.raises(ValueError, match='train_clips 9: action_train.csv has 8'): read_clips(override(emoji, train_clips=9))
+
+
+# ---- Where a run starts ----
 
 def test_a_classifier_is_never_dropped_in_silence(clips, fine, tmp_path):
     config = small(clips, tmp_path/'run', init=str(fine))
@@ -247,12 +413,17 @@ def test_a_classifier_is_never_dropped_in_silence(clips, fine, tmp_path):
     old = load_model(fine)
     carried, fresh = build_model(override(config, head='carry')), build_model(override(config, head='fresh'))
     assert torch.equal(carried.head.weight, old.head.weight) and fresh.head.weight.abs().max() < 1e-3
-    for model in (carried, fresh): assert torch.equal(model.fc_norm.weight, old.fc_norm.weight) and torch.equal(model.encoder.blocks[3].mlp.fc1.weight, old.encoder.blocks[3].mlp.fc1.weight)
-    with pytest.raises(ValueError, match='from 3 to 5 classes needs the names of both'): build_model(override(config, head='carry', num_classes=5))
+    for model in (carried, fresh):
+        assert torch.equal(model.fc_norm.weight, old.fc_norm.weight)
+        assert torch.equal(model.encoder.blocks[3].mlp.fc1.weight, old.encoder.blocks[3].mlp.fc1.weight)
+    with pytest.raises(ValueError, match='from 3 to 5 classes needs the names of both'):
+        build_model(override(config, head='carry', num_classes=5))
     assert build_model(override(config, head='fresh', num_classes=5)).head.out_features == 5
     save_model(Student(1, 8, image_size=48, num_frames=2, **SIZES['nano']), tmp_path/'student')
-    with pytest.raises(ValueError, match='is a Stage-1 student: it has no classifier'): build_model(override(config, init=str(tmp_path/'student'), mode='evaluate'))
-    with pytest.raises(FileNotFoundError, match="expected 'scratch', 'teacher', a run directory or a published file"): build_model(override(config, init='runs/nowhere'))
+    with pytest.raises(ValueError, match='is a Stage-1 student: it has no classifier'):
+        build_saved(test_of(clips, tmp_path, tmp_path/'student'))
+    with pytest.raises(FileNotFoundError, match="expected 'scratch', 'teacher', a run directory or a published file"):
+        build_model(override(config, init='runs/nowhere'))
 
 
 def test_published_files_as_start(clips, tmp_path):
@@ -264,23 +435,45 @@ def test_published_files_as_start(clips, tmp_path):
     model = build_model(config)
     assert torch.equal(model.encoder.blocks[0].attn.qkv.weight, student.encoder.blocks[0].attn.qkv.weight)
     assert_close(model.encoder.positions, position_table((4, 7, 7), 128, (8, 14, 14)))
-    same = build_model(override(config, init=str(tmp_path/'f16.pth'), head='carry', num_frames=16, image_size=224))
-    assert torch.equal(same.encoder.positions, recogniser.encoder.positions) and torch.equal(same.head.weight, recogniser.head.weight)
-    less = build_model(override(config, init=str(tmp_path/'f16.pth'), head='fresh', num_frames=8, image_size=112))
+    published = override(config, init=str(tmp_path/'f16.pth'))
+    same = build_model(override(published, head='carry', num_frames=16, image_size=224))
+    assert torch.equal(same.encoder.positions, recogniser.encoder.positions)
+    assert torch.equal(same.head.weight, recogniser.head.weight)
+    less = build_model(override(published, head='fresh', num_frames=8, image_size=112))
     assert less.encoder.grid == (8, 7, 7) and less.head.weight.abs().max() < 1e-3
-    result = finetune(override(config, num_frames=2, image_size=48, epochs=1, layer_decay=.5))
+    trained = override(config, num_frames=2, image_size=48, epochs=1, layer_decay=.5)
+    result = finetune(trained)
     assert result['step'] == 2 and load_model(config.run_dir).config['base_grid'] == [8, 14, 14]
-    finetune(override(config, mode='evaluate', init=config.run_dir, run_dir=str(tmp_path/'again'), num_frames=2, image_size=48))
-    one, two = (pd.read_parquet(tmp_path/run/'predictions.parquet') for run in ('run', 'again'))
+    evaluate(override(evaluation_of(trained), run_dir=str(tmp_path/'again')))
+    one, two = (predictions(tmp_path/run) for run in ('run', 'again'))
     assert all((a == b).all() for a, b in zip(one.probabilities, two.probabilities))
 
 
+def test_a_teacher_is_probed_and_a_run_without_a_model_is_no_start(clips, tmp_path):
+    "A frame recogniser has features, too; what a teacher leaves is no `Recognizer`, and that is said"
+    config = small(clips, tmp_path/'run', mode='linear', init='teacher')
+    assert finetune(config)['num_clips'] == 7
+    with pytest.raises(FileNotFoundError, match='no model.json'): build_model(override(config, init=config.run_dir, head='fresh'))
+
+
+def test_exchanged_weights_are_no_start(clips, tmp_path):
+    "The weights of a finished run are checked against the hash in its result"
+    config = small(clips, tmp_path/'run')
+    finetune(config)
+    other = load_model(config.run_dir)
+    with torch.no_grad(): other.head.bias += 1
+    save_model(other, config.run_dir)
+    with pytest.raises(ValueError, match='its hash differs'): evaluate(override(evaluation_of(config), run_dir=str(tmp_path/'e')))
+
+
+# ---- Training ----
+
 def test_everything_on(clips, tmp_path):
     "Mixup, repeated augmentation, RandAugment, erasing, recomputed activations and a weight average, for two steps"
-    config = small(clips, tmp_path/'run', crop='random_resized', rand_augment='rand-m7-n4-mstd0.5-inc1', random_erasing=.5, mixup=.8, cutmix=1., num_sample=2, checkpoint_blocks=2,
-                   drop_path=.1, ema_decay=.5, micro_batch_size=2, lr=.01)
-    seen = []
-    loss_of = recognition.classification
+    config = small(
+        clips, tmp_path/'run', crop='random_resized', rand_augment='rand-m7-n4-mstd0.5-inc1', random_erasing=.5, mixup=.8,
+        cutmix=1., num_sample=2, checkpoint_blocks=2, drop_path=.1, ema_decay=.5, micro_batch_size=2, lr=.01)
+    seen, loss_of = [], recognition.classification
     def spy(*args):
         inner = loss_of(*args)
         return lambda model, batch: seen.append(batch['video'].shape[0]) or inner(model, batch)
@@ -294,14 +487,41 @@ def test_everything_on(clips, tmp_path):
     assert ended.config['checkpoint_blocks'] == 2 and not torch.equal(started.head.weight, ended.head.weight)
 
 
+def test_clips_arrive_as_bytes_where_that_is_exact(clips, tmp_path):
+    plain = small(clips, tmp_path)
+    strong = override(plain, crop='random_resized', random_erasing=.5)
+    assert read_clips(plain).train[0, 0]['video'].dtype == torch.uint8
+    assert read_clips(strong).train[0, 0]['video'].dtype == torch.float32
+    assert read_clips(strong).val[0, 0]['video'].dtype == torch.uint8
+
+
 def test_a_weight_average_is_what_is_evaluated(clips, tmp_path):
     runs = {decay: small(clips, tmp_path/str(decay), ema_decay=decay, epochs=2, lr=.1) for decay in (None, .9)}
     for config in runs.values(): finetune(config)
     plain, average = (load_model(c.run_dir).eval() for c in runs.values())
     assert not torch.equal(plain.head.weight, average.head.weight)
-    table = pd.read_parquet(tmp_path/'0.9/predictions.parquet')
-    with torch.no_grad(): logits = average(build_datasets(runs[.9]).val[0, 2]['video'])[0]
+    table = predictions(tmp_path/'0.9')
+    with torch.no_grad(): logits = average(normalize_video(read_clips(runs[.9]).val[0, 2]['video']))[0]
     assert_close(torch.tensor(list(table.logits[2][0])), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_on_the_way(clips, tmp_path):
+    "It changes nothing, is on the declared split, and the best weights are named with the split that selected them"
+    (clips/'selection.csv').write_text('train1.mp4,1\ntrain2.mp4,2\n')
+    plain = small(clips, tmp_path/'plain', epochs=2, lr=.1)
+    watched = override(plain, {'run_dir': str(tmp_path/'watched'), 'validation.every': 1, 'selection_list': 'selection.csv'})
+    finetune(plain)
+    finetune(watched)
+    one, two = (load_file(Path(c.run_dir)/'model.safetensors') for c in (plain, watched))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    records = [json.loads(line) for line in Path(watched.run_dir, 'metrics.jsonl').read_text().splitlines()]
+    found = [r for r in records if r.get('kind') == 'eval']
+    assert [r['split'] for r in found] == ['selection (selection.csv)'] * 2 and all(0 <= r['top1'] <= 1 for r in found)
+    best = override(watched, {'run_dir': str(tmp_path/'best'), 'validation.select': 'best'})
+    result = finetune(best)
+    assert result['selected']['split'] == 'selection (selection.csv)' and result['selected_on_test'] is False
+    on_test = finetune(override(best, run_dir=str(tmp_path/'on_test'), selection_list=None))
+    assert on_test['selected']['split'] == 'test (val.csv)' and on_test['selected_on_test'] is True
 
 
 def test_linear_probe_goes_on_where_it_stopped(clips, fine, tmp_path, monkeypatch):
@@ -333,60 +553,73 @@ def test_features_of_another_network_are_not_reused(clips, fine, tmp_path):
     config = small(clips, tmp_path/'run', mode='linear', init=str(fine), head='fresh')
     finetune(config)
     first = load_file(tmp_path/'run/features.safetensors')['features']
-    shutil.rmtree(tmp_path/'run/probe')
-    finetune(override(config, init='scratch', seed=3))
-    assert not torch.equal(load_file(tmp_path/'run/features.safetensors')['features'], first)
+    other = override(config, init='scratch', head=None, seed=3)
+    (tmp_path/'other').mkdir()
+    shutil.copy(tmp_path/'run/features.safetensors', tmp_path/'other')
+    finetune(override(other, run_dir=str(tmp_path/'other')))
+    assert not torch.equal(load_file(tmp_path/'other/features.safetensors')['features'], first)
 
 
-def test_two_processes_train_a_probe(together, tmp_path):
-    two = together[0]['linear']
-    one = override(two, run_dir=str(tmp_path/'one'))
-    result, shared = finetune(one), stored(two)
-    tables = [load_file(Path(c.run_dir)/'features.safetensors') for c in (one, two)]
-    assert tables[0]['features'].shape == (8, 128)
-    for name in tables[0]: assert_close(tables[0][name], tables[1][name], rtol=1e-4, atol=1e-5)
-    assert_close(load_model(two.run_dir).head.weight, load_model(one.run_dir).head.weight, rtol=1e-3, atol=1e-4)
-    assert {k: shared[k] for k in ('num_clips', 'top1', 'confusion')} == {k: result[k] for k in ('num_clips', 'top1', 'confusion')}
+def test_a_run_does_not_go_on_with_another_list(clips, tmp_path):
+    root = tmp_path/'data'
+    shutil.copytree(clips, root, ignore=shutil.ignore_patterns('emoji'))
+    config = small(root, tmp_path/'run')
+    finetune(config)
+    (root/'train.csv').write_text(''.join(f'train{n}.mp4,{n % 3}\n' for n in range(6)))
+    with pytest.raises(ValueError, match='data.train_list changed'): finetune(config)
 
 
-def test_a_sharded_model_is_evaluated_whole(together):
-    config = together[0]['fsdp']
-    model, table = load_model(config.run_dir).eval(), pd.read_parquet(Path(config.run_dir)/'predictions.parquet')
-    assert len(table) == 7
-    with torch.no_grad(): logits = model(build_datasets(config).val[0, 6]['video'])[0]
-    assert_close(torch.tensor(list(table.logits[6][0])), logits, rtol=1e-4, atol=1e-5)
+# ---- A user's mistakes, by kind: one line, code 2, before anything is trained; the same in a dry run ----
+
+MISTAKES = dict(
+    too_few_classes=(dict(num_classes=2), 'write data.num_classes=3'),
+    leftover_classes=(dict(num_classes=400), 'write data.num_classes=3'),
+    sampling=(dict(val_sampling='ssv2_val', num_segments=2), 'ssv2_val'),
+    missing_list=(dict(train_list='no-such.csv'), 'no-such.csv: no such file'),
+    missing_test_list=(dict(val_list='no-such.csv'), 'no-such.csv: no such file'),
+    missing_selection_list=(dict(selection_list='no-such.csv'), 'no-such.csv: no such file'),
+    missing_init=(dict(init='runs/nowhere'), "init 'runs/nowhere': no such file or folder"),
+    batch=(dict(batch_size=9), '8 clips, fewer than batch_size 9'),
+    teacher=(dict(init='teacher', teacher='ViT-B-16-quickgelu'), 'start.teacher_weights=openai'),
+    head=(dict(head='carry'), 'no classifier to carry over'),
+    odd_micro_batch=(dict(micro_batch_size=1, mixup=.8), 'must be even'),
+    unlabelled_selection=(dict(selection_list='unlabelled.csv', every=1), 'needs labelled clips'),
+    range=(dict(layer_decay=0), 'layer_decay 0.0: expected more than 0'),
+    segments=(dict(num_segments=0), 'num_segments 0: expected at least 1'))
 
 
-def test_command_line(clips, fine, tmp_path, capsys):
-    config = small(clips, tmp_path/'run', mode='evaluate', init=str(fine))
-    main(command_line(config))
-    assert capsys.readouterr().out.strip().splitlines()[-1].endswith('top-5 1.000 7 clips')
-    main([*command_line(small(clips, tmp_path/'dry')), '--dry-run'])
-    printed = capsys.readouterr().out
-    assert '8 clips, 0 missing\n2 steps x 1 epochs' in printed and f'{clips}/val.csv: 7 clips' in printed and not (tmp_path/'dry').exists()
-    assert 'no-such.csv: not there' in dry_run(small(clips, tmp_path/'dry', train_list='no-such.csv'))
+@pytest.mark.parametrize('kind', MISTAKES)
+def test_mistakes(kind, clips, tmp_path, capsys):
+    changes, expected = MISTAKES[kind]
+    (clips/'unlabelled.csv').write_text('train1.mp4,-1\n')
+    argv = [*command_line(small(clips, tmp_path/'run')), *(f'--{name.replace("_", "-")}={value}' for name, value in changes.items())]
+    for words in (argv, [*argv, '--dry-run']): assert expected in mistake(capsys, *words)
+    assert not (tmp_path/'run').exists()
+
+
+def test_mistakes_of_an_evaluation(clips, fine, tmp_path, capsys):
+    argv = command_line(test_of(clips, tmp_path/'run', fine))
+    for more, expected in (([f'--init={tmp_path}'], 'no model.safetensors in this folder'), (['--init=scratch'], 'needs a fine-tuned init'),
+                           (['--lr=1'], "has no option 'lr'"), (['--train-list=x.csv'], "has no option 'train_list'"),
+                           (['--val-list=no.csv'], 'no.csv: no such file'), (['--num-classes=2'], 'write data.num_classes=3')):
+        for words in ([*argv, *more], [*argv, *more, '--dry-run']): assert expected in mistake(capsys, *words)
+    assert not (tmp_path/'run').exists()
+
+
+def test_the_wrong_head_is_refused_in_a_dry_run(clips, fine, tmp_path):
+    text = dry_run(small(clips, tmp_path/'run', init=str(fine)))
+    assert 'The run would be refused' in text and "say head='carry'" in text
+
+
+def test_command_line(clips, fine, tmp_path, caplog):
+    with caplog.at_level('INFO'):
+        main(command_line(test_of(clips, tmp_path/'run', fine)))
+        assert caplog.records[-1].getMessage().endswith('top-5 1.000 7 clips')
+        old = [word for word in command_line(test_of(clips, tmp_path/'run', fine)) if word != 'evaluate']
+        main([*old, '--mode', 'evaluate']) # as it was called before
+        assert caplog.records[-1].getMessage().endswith('top-5 1.000 7 clips')
+        main([*command_line(small(clips, tmp_path/'dry')), '--dry-run'])
+    printed = caplog.text
+    for expected in ('train.csv: 8 clips', 'val.csv: 7 clips, 0 missing', '2 steps x 1 epochs'): assert expected in printed
+    assert not (tmp_path/'dry').exists()
     with pytest.raises(SystemExit): main(['--preset', 'b16_k400', '--mode', 'train'])
-
-
-def test_lists_without_labels_get_predictions(clips, fine, tmp_path):
-    (clips/'labels.json').write_text(json.dumps({'a': '0', 'b': '1', 'c': '2'}))
-    (clips/'test.json').write_text(json.dumps([{'id': '0'}, {'id': '1'}]))
-    config = small(clips, tmp_path/'run', mode='evaluate', init=str(fine), annotations='ssv2', layout='{id}.mp4', classes='labels.json', val_list='test.json')
-    result = finetune(config)
-    assert result['num_clips'] == 2 and 'top1' not in result and len(pd.read_parquet(tmp_path/'run/predictions.parquet')) == 2
-    with pytest.raises(ValueError, match='no labels to train on'): build_datasets(override(config, train_list='test.json'))
-
-
-def test_a_teacher_is_probed_and_a_run_without_a_model_is_no_start(clips, tmp_path):
-    "A frame recogniser has features, too; what a teacher leaves is no `Recognizer`, and that is said"
-    config = small(clips, tmp_path/'run', mode='linear', init='teacher')
-    assert finetune(config)['num_clips'] == 7
-    with pytest.raises(FileNotFoundError, match='no model.json'): build_model(override(config, init=config.run_dir, head='fresh'))
-
-
-@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
-def test_half_precision_evaluation(clips, fine, tmp_path, precision):
-    full, half = (finetune(small(clips, tmp_path/p, mode='evaluate', init=str(fine), precision=p)) for p in ('fp32', precision))
-    one, two = (torch.tensor([list(p) for p in pd.read_parquet(tmp_path/run/'predictions.parquet').probabilities]) for run in ('fp32', precision))
-    assert_close(one, two, rtol=0, atol=.1)
-    assert not torch.equal(one, two) and half['num_clips'] == full['num_clips']

@@ -200,9 +200,16 @@ def prints(source: str) -> list[int]:
     return lines
 
 
+MAY_PRINT = {
+    'umt/core/config.py', # the line of a UsageError, on standard error
+    'umt/core/log.py', # the handler of all messages
+    'umt/experiments/launchers.py', # what a process beside this one prints, in the notebook's cell
+    'umt/experiments/presets.py'} # the numerics version, so that a notebook's stored output names it
+
+
 def test_library_logs_and_does_not_print():
     assert prints('print(1)\ndef main():\n    print(2)\ndef show():\n    if 1: print(3)') == [1, 5]
-    found = {name(p): lines for p in modules if (lines := prints(p.read_text()))}
+    found = {name(p): lines for p in modules if name(p) not in MAY_PRINT and (lines := prints(p.read_text()))}
     assert found == {}, 'print outside of main: use logging (umt.core.log)'
 
 

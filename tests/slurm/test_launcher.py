@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster import state, wait_until
+from cluster import wait_until
 from umt.core.files import write_json
 from umt.experiments import presets, runs
 from umt.experiments.jobs import Job, prepare
@@ -74,9 +74,9 @@ def test_requeued_experiment_ends_with_the_same_weights(slurm, tmp_path):
     run_until([job], lambda: steps(pretrained) >= 10, tasks=2)
     name = queued_as(job)
     subprocess.run(['scontrol', 'requeue', name], check=True)
-    wait_until(lambda: len(starts(pretrained)) == 2 and steps(pretrained) >= starts(pretrained)[1] + 10, 120)
+    wait_until(lambda: len(starts(pretrained)) == 2 and steps(pretrained) >= starts(pretrained)[1] + 10, 300)
     subprocess.run(['scancel', '--signal=USR2', name], check=True)
-    wait_until(lambda: len(starts(pretrained)) == 3, 120)
+    wait_until(lambda: len(starts(pretrained)) == 3, 300)
     run_jobs([job], launcher(2))
     planned.check()
     assert queued_as(job) == name, 'submitted a second time'
@@ -227,9 +227,10 @@ def test_a_waiting_job_says_for_what(slurm, toy):
 
 
 def test_a_percent_sign_in_a_path_is_refused(slurm, tmp_path):
+    before = set(queue())
     job = Job('percent', (prepare(tmp_path/'50%j'/'run', 'slow_run', {'seconds': 0}),))
     with pytest.raises(ValueError, match="50%j.*'%' means something else to SLURM"): run_jobs([job], launcher())
-    assert queue() == {}
+    assert set(queue()) <= before
 
 
 def test_a_space_in_a_path(slurm, tmp_path):
@@ -249,5 +250,6 @@ def test_a_space_in_a_path(slurm, tmp_path):
     (dict(sbatch={'comment': 'a`id`'}), 'sbatch option comment'),
 ])
 def test_options_are_refused_by_name_before_anything_is_submitted(slurm, options, complaint):
+    before = set(queue())
     with pytest.raises(ValueError, match=complaint): make_launcher('slurm', **options)
-    assert queue() == {}
+    assert set(queue()) <= before

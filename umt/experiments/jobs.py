@@ -147,7 +147,7 @@ def execute(
     """Do a run in this process, of which there may be several (torchrun). Returns at once if it is done.
     Raises `Preempted` if it was asked to stop."""
     main, processes = is_main_process(), int(os.environ.get('WORLD_SIZE', 1))
-    with locked(folder/'.lock') if main else nullcontext():
+    with locked(folder/'.execute.lock') if main else nullcontext(): # training has a lock of its own
         if (folder/'done.json').exists(): return True
         if main: (folder/'failed.json').unlink(missing_ok=True)
         start, host = time.time(), socket.gethostname()

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/experiments/05_presets.ipynb #8518fbd9
-from ..core.config import TrainConfig, did_you_mean, override
+from ..core.config import Config, did_you_mean, override
 from .launchers import check_launcher
 from .runs import NUMERICS, Chain, module_of, option_of, run
 from ..tasks import recognition, retrieval, stage1, stage2
 
 # %% ../../nbs/experiments/05_presets.ipynb #f2be226b
-def _emoji(pretrain: TrainConfig, task: TrainConfig) -> dict[str, Chain]:
+def _emoji(pretrain: Config, task: Config) -> dict[str, Chain]:
     "Both tasks of EmojiMotion on the same pre-training."
     def on(kind, classes):
         lists = dict(train_list=f'{kind}_train.csv', val_list=f'{kind}_test.csv', num_classes=classes)
@@ -32,7 +32,7 @@ _SMALL_TASK = override(
     recognition.PRESETS['nano_emoji'], num_frames=8, train_clips=4000, drop_path=.1, epochs=20, warmup_epochs=2,
     batch_size=64, lr=.004, min_lr=4e-5, precision='bf16', num_workers=12)
 _K400 = override(
-    recognition.PRESETS['b16_k710'], **recognition.lists('k400', 400), classes=None,
+    recognition.PRESETS['b16_k710'], train_list='k400_train.csv', val_list='k400_val.csv', num_classes=400, classes=None,
     micro_batch_size=8) # clips: both stages fit 32 processes
 _SSV2 = override(recognition.PRESETS['b16_ssv2'], micro_batch_size=8)
 
@@ -46,7 +46,7 @@ PRESETS = dict(
 GALLERIES = dict(
     msrvtt='MSRVTT', didemo='DiDeMo', activitynet='ActivityNet', lsmdc='LSMDC', msvd='MSVD') # of tables 11 and 17
 
-def _emoji_retrieval(pretrain: TrainConfig, multimodal: TrainConfig, num_videos: int, **evaluation) -> dict[str, Chain]:
+def _emoji_retrieval(pretrain: Config, multimodal: Config, num_videos: int, **evaluation) -> dict[str, Chain]:
     "Both galleries of EmojiMotion."
     multimodal = override(multimodal, emoji_clips=option_of(pretrain, 'emoji_clips'))
     galleries = {'unseen clips': override(retrieval.PRESETS['nano_emoji'], num_videos=num_videos),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Grid', 'POSITIONS', 'COMPILE', 'BLOCK_LISTS', 'sinusoid_table', 'resize_positions', 'grids_of', 'position_table',
            'resize_frame_positions', 'gather_rows', 'gather_patches', 'Attention', 'PatchEmbed', 'no_autocast',
-           'LayerNorm', 'init_linear', 'same_frame', 'token_grid', 'count_tokens', 'layers_from_top',
+           'LayerNorm', 'init_linear', 'same_frame', 'token_grid', 'count_tokens', 'layers_from_top', 'block_outputs',
            'VideoTransformer', 'positions_for', 'keep_positions', 'carry_positions', 'transformer_blocks',
            'compile_blocks']
 
@@ -204,6 +204,30 @@ def layers_from_top(
     if interval < 1 or wanted and wanted[0] < 0:
         raise ValueError(f'{layers} layers, {interval} apart, do not fit {depth} blocks')
     return tuple(wanted)
+
+# %% ../../nbs/models/02_backbone.ipynb #018a719a
+def block_outputs(
+    encoder: nn.Module, # a `VideoTransformer`
+    video: torch.Tensor, # [B, 3, T, H, W]; T = num_frames, or tubelet_size: an image
+    layers: int | Sequence[int], # how many of the last blocks, or which; those above are not computed
+    index: torch.Tensor | None, # int64 [B, n], the tokens to compute; None = all
+) -> torch.Tensor: # [layers, B, n, embed_dim], shallow to deep, before the final norm
+    "Embed the patches, add their positions, run the blocks. Raises ValueError for blocks that are not there"
+    depth = len(encoder.blocks)
+    wanted = set(range(depth - layers, depth) if isinstance(layers, int) else layers)
+    if not wanted or not wanted <= set(range(depth)): raise ValueError(f'{layers=}, but there are {depth} blocks')
+    tokens, positions = encoder.num_tokens(video), encoder.positions
+    x = encoder.patch_embed(video, index)
+    x = x + (positions[:tokens] if index is None else F.embedding(index, positions)).to(x.dtype)
+    attn_mask, outputs = None, []
+    if encoder.config['attention'] == 'spatial':
+        token = torch.arange(tokens, device=video.device)[None] if index is None else index
+        attn_mask = same_frame(token, prod(encoder.grid[1:]))
+    for i, block in enumerate(encoder.blocks[:max(wanted) + 1]):
+        recompute = encoder.training and i < encoder.config['checkpoint_blocks']
+        x = checkpoint(block, x, attn_mask, use_reentrant=False) if recompute else block(x, attn_mask)
+        if i in wanted: outputs.append(x)
+    return torch.stack(outputs)
 
 # %% ../../nbs/models/02_backbone.ipynb #1c42ee2a
 class VideoTransformer(nn.Module):

@@ -59,9 +59,10 @@ class Recognizer(nn.Module):
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self,
-        video: torch.Tensor, # [B, 3, T, H, W]
+        video: torch.Tensor | None = None, # [B, 3, T, H, W]
+        features: torch.Tensor | None = None, # or what the classifier reads, for a linear probe
     ) -> torch.Tensor: # logits [B, num_classes]
-        return self.forward_head(self.forward_features(video))
+        return self.forward_head(self.forward_features(video)) if features is None else self.head(features)
 
     def group_matcher(self, coarse=False):
         "For timm: patch embedding, then blocks, then (all that is not named) `fc_norm` and `head`"
@@ -113,9 +114,10 @@ class FrameRecognizer(nn.Module):
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self,
-        video: torch.Tensor, # [B, 3, T, H, W]
+        video: torch.Tensor | None = None, # [B, 3, T, H, W]
+        features: torch.Tensor | None = None, # or what the classifier reads, for a linear probe
     ) -> torch.Tensor: # logits [B, num_classes]
-        return self.forward_head(self.forward_features(video))
+        return self.forward_head(self.forward_features(video)) if features is None else self.head(features)
 
     def group_matcher(self, coarse=False):
         "For timm: patch embedding, then blocks, then (all that is not named) the readout"

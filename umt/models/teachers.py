@@ -193,11 +193,11 @@ def prepare_frames(
     return F.interpolate(x, (image_size, image_size), mode='bicubic', align_corners=False)
 
 def clip_statistics(
-) -> tuple[Tensor, Tensor]: # scale and shift, each [3, 1, 1]
+) -> dict[str, Tensor]: # scale and shift, each [3, 1, 1]
     "What turns ImageNet-normalised pixels into CLIP-normalised ones: multiply, then add"
     mean, std, clip_mean, clip_std = (
         torch.tensor(s).view(3, 1, 1) for s in (IMAGENET_MEAN, IMAGENET_STD, CLIP_MEAN, CLIP_STD))
-    return std / clip_std, (mean - clip_mean) / clip_std
+    return dict(scale=std / clip_std, shift=(mean - clip_mean) / clip_std)
 
 # %% ../../nbs/models/03_teachers.ipynb #8b54278f
 def in_dtype(
@@ -239,9 +239,7 @@ class Teacher(nn.Module):
         self.aligned_layers, self.input_statistics, self.dtype = aligned_layers, input_statistics, dtype
         self.image_size, self.patch_size = visual.image_size[0], visual.patch_size[0]
         self.grid, self.target_dim = visual.grid_size[0], visual.output_dim
-        scale, shift = clip_statistics()
-        self.register_buffer('scale', scale, persistent=False)
-        self.register_buffer('shift', shift, persistent=False)
+        for name, value in clip_statistics().items(): self.register_buffer(name, value, persistent=False)
 
     def train(self, mode: bool = True): return super().train(False) # frozen for good
 

@@ -28,12 +28,13 @@ from ..data.media import EvalSampler, VideoDataset, collate
 from ..data.sampling import check_sampling
 from ..data.tables import read_manifest
 from ..data.transforms import denormalize, normalize_video, pretrain_transform
+from ..models.backbone import compile_blocks
 from ..models.masking import MaskConfig, num_visible, visible_at
 from ..models.student import SIZES, Student, StudentConfig
 from ..models.targets import AlignmentConfig, teacher_targets, uta_loss
 from ..models.teachers import Teacher, TeacherConfig, build_teacher
 from .task import Parts, Task, dry_run as plan, main as run_command, run
-from ..training.distributed import COMPUTE_DTYPE, compile_network, gather_rows, start_accelerator
+from ..training.distributed import COMPUTE_DTYPE, gather_rows, start_accelerator
 from ..training.session import Evaluator, TrainConfig
 
 # %% ../../nbs/tasks/02_stage1.ipynb #dfbd914c
@@ -231,7 +232,7 @@ class Stage1(Task):
     def parts(self, config, data):
         teacher, student = build_models(config)
         flops = flops_per_clip(config, teacher, student)['total']
-        compile_network(teacher, config.teacher.compile)
+        compile_blocks(teacher, config.teacher.compile)
         watch = data.val and Evaluator(f'val ({config.data.val_list})', 'cosine',
                                        partial(mean_cosine, config=config, teacher=teacher, dataset=data.val))
         return Parts(model=student, dataset=data.train, loss_fn=alignment_loss(config, teacher), frozen=(teacher,),
@@ -261,9 +262,11 @@ def pretrain(
 
 def dry_run(
     config: Stage1Config, # of the run
+    num_clips: int | None = None, # training clips, for lists that are elsewhere; None = those of the list
 ) -> str: # recipe, parameters, FLOPs, A100-hours; and why it would be refused, if it would
     "Say what a run would do and cost, without weights and without training."
-    return plan(Stage1(), config).text
+    if num_clips is None: return plan(Stage1(), config).text
+    return '\n'.join([str(config), '', *Stage1().costs(config, None, num_clips)])
 
 def main(
     argv: Sequence[str] | None = None, # arguments; None = the command line

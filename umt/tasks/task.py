@@ -67,6 +67,10 @@ class Task:
     def data(self, config: Config) -> Any:
         "Read what the run works on. Raises ValueError, OSError or DataError with what is wrong."
 
+    def inputs(self, config: Config, data: Any) -> dict[str, str]:
+        "Hashes of what the run depends on besides its config: by default of the files that the config names."
+        return input_hashes(config)
+
     def parts(self, config: Config, data: Any) -> Parts:
         "Networks and loss, fresh or from where the run starts."
         raise TypeError(f'{self.name} trains nothing')
@@ -146,9 +150,9 @@ def run(
     result = train(
         config, parts.model, parts.dataset, parts.loss_fn, frozen=parts.frozen, param_groups=parts.param_groups,
         flops_per_sample=parts.flops_per_sample, make_sampler=parts.make_sampler, collate_fn=parts.collate_fn,
-        evaluator=parts.evaluator if config.validation.every else None, inputs=input_hashes(config))
+        evaluator=parts.evaluator if config.validation.every else None, inputs=task.inputs(config, data))
     accelerator = start_accelerator()
-    if accelerator.is_main_process: save_config(parts.model, config.run_dir)
+    if accelerator.is_main_process and hasattr(parts.model, 'config'): save_config(parts.model, config.run_dir)
     accelerator.wait_for_everyone() # whoever goes on with the model finds it
     return result | task.evaluate(config, data, parts.model)
 

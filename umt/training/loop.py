@@ -30,7 +30,8 @@ from ..core.runs import CheckpointError, lock_run, open_run
 from ..core.seeds import sample_key
 from ..core.signals import Preempted, stop_signals
 from ..data.media import collate
-from .distributed import COMPUTE_DTYPE, compile_network, flat_state, start_accelerator, unshared
+from ..models.backbone import compile_blocks
+from .distributed import COMPUTE_DTYPE, flat_state, start_accelerator, unshared
 from .schedule import weight_decay_at, weight_decay_groups
 from .session import Evaluator, Session, TrainConfig, open_session
 from .step import NonfiniteError, accumulate_gradients, update
@@ -244,7 +245,7 @@ def train(
         restart_peak_memory(device)
         peak = matmul_rate(device, dtype) if flops_per_sample else None
         groups = weight_decay_groups(model, config.optimizer.weight_decay) if param_groups is None else param_groups
-        compile_network(model, device_config.compile)
+        compile_blocks(model, device_config.compile)
         with stop_signals() as stop, torch.random.fork_rng([device] if device.type == 'cuda' else []), ExitStack() as closing:
             s = open_session(config, model, dataset, loss_fn, groups, accelerator, make_sampler, collate_fn, evaluator)
             closing.callback(s.feed.close) # ends the loader's workers, whatever happens
