@@ -9,6 +9,7 @@ from reference import CLOSE, folders, multimodal_sizes, read_config, read_io
 from torch.testing import assert_close
 from torch.utils.data import Dataset
 
+from umt.core.config import override
 from umt.models.masking import visible_from_mask
 from umt.models.multimodal import Multimodal
 from umt.models.objectives import match_negatives, mlm_loss, similarity, vtc_loss
@@ -16,6 +17,7 @@ from umt.models.published import load_model, load_multimodal, load_published, sa
 from umt.models.targets import uta_loss
 from umt.models.teachers import load_teacher
 from umt.models.weights import WeightsError, read_state_dict
+from umt.tasks.ranking import RankingConfig, gallery_metrics, index_videos, score_gallery
 from umt.training.distributed import start_accelerator
 
 STAGE2 = 'stage2_config.json', 'stage2.pth', 'stage2_io.safetensors'
@@ -121,13 +123,11 @@ class Clips(Dataset):
 
 def test_retrieval(stage2, multimodal, tmp_path):
     "Scores of the two encoders, match logits of the candidates of either direction, and the figures made of both"
-    from umt.tasks.ranking import config_for, gallery_metrics, score_gallery
     if not stage2.with_name('retrieval_io.safetensors').exists(): pytest.skip('no recorded retrieval beside this model')
     io, config = read_io(stage2.parent, 'retrieval'), stage2_config(stage2)
-    options = dict(precision='fp32', half=False, k_test=config['k_test'], num_workers=0)
-    protocol = config_for(multimodal, run_dir=str(tmp_path), **options)
-    videos = Clips(io['video'].transpose(1, 2))
-    ours = score_gallery(multimodal, videos, list(io['input_ids']), protocol, start_accelerator())
+    protocol = override(RankingConfig(), run_dir=str(tmp_path), half=False, k_test=config['k_test'])
+    index = index_videos(multimodal, Clips(io['video'].transpose(1, 2)), protocol)
+    ours = score_gallery(multimodal, index, list(io['input_ids']), protocol, start_accelerator())
     found = dict(dual_v2t=ours['dual'], dual_t2v=ours['dual'].T, rerank_v2t=ours['v2t'], rerank_t2v=ours['t2v'])
     for name, tensor in found.items(): assert_close(tensor, io[name], **CLOSE, msg=lambda m: f'{name}: {m}')
     texts = torch.arange(len(io['input_ids']))

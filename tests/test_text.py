@@ -1,40 +1,42 @@
-"The language side: recorded vectors of the reference (tiny_a, Stage 2), its tokenisation, and what a training run needs of both"
-import json, os, pickle
-from pathlib import Path
+"The language side: recorded vectors of the reference, its tokenisation, and what a training run needs of both"
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from reference import CLOSE, folders, read_config, read_io
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
+
 from umt.models.weights import read_state_dict
 from umt.data.captions import clean_text
 from umt.models.text import TextModel, Tokenizer, load_text
 
-REFERENCE = Path(os.environ.get('UMT_REFERENCE_DIR', Path(__file__).parents[2]/'shared'/'reference'))/'tiny_a'
-close = dict(rtol=1e-4, atol=1e-5)  # the tolerance that the reference vectors are given with
+STAGE2 = 'stage2_config.json', 'stage2.pth', 'stage2_io.safetensors'
 
 
-@pytest.fixture(scope='module')
-def recorded():
+@pytest.fixture(scope='module', params=folders(*STAGE2), ids=lambda folder: f'{folder.parent.name}-{folder.name}')
+def recorded(request):
     "The text model of the reference's Stage 2, loaded under its own names, the file and the recorded tensors"
-    if not REFERENCE.exists(): pytest.skip(f'no reference vectors at {REFERENCE} (set UMT_REFERENCE_DIR)')
-    config, state = json.loads((REFERENCE/'stage2_config.json').read_text()), read_state_dict(REFERENCE/'stage2.pth')
+    folder = request.param
+    config, state = read_config(folder, 'stage2_config.json'), read_state_dict(folder/'stage2.pth')
     text = config['text']
-    model = TextModel(config['vision']['width'], text['fusion_layer'], hidden_size=text['hidden_size'], num_hidden_layers=text['layers'],
-                      num_attention_heads=text['heads'], vocab_size=text['vocab_size'], max_position_embeddings=text['max_position_embeddings'],
-                      intermediate_size=4*text['hidden_size']).eval()
-    weights = {k.removeprefix('text_encoder.').removeprefix('bert.'): v for k, v in state.items() if k.startswith('text_encoder.')}
+    sizes = {name: text[name] for name in ('hidden_size', 'vocab_size', 'max_position_embeddings')}
+    sizes |= dict(num_hidden_layers=text['layers'], num_attention_heads=text['heads'])
+    sizes |= dict(intermediate_size=4 * text['hidden_size'])
+    model = TextModel(config['vision']['width'], text['fusion_layer'], **sizes).eval()
+    plain = lambda name: name.removeprefix('text_encoder.').removeprefix('bert.')
+    weights = {plain(name): tensor for name, tensor in state.items() if name.startswith('text_encoder.')}
     weights.pop('embeddings.position_ids')
     model.load_state_dict(weights)
-    return model.requires_grad_(False), state, load_file(REFERENCE/'stage2_io.safetensors')
+    return model.requires_grad_(False), state, read_io(folder, 'stage2')
 
 
 def test_text_encoder(recorded):
     model, _, io = recorded
     hidden = model.encode(io['input_ids'], io['attention_mask'])
-    assert_close(hidden, io['text_tokens'], **close)
-    assert_close(hidden[:, 0], io['text_pooled'], **close)
+    assert_close(hidden, io['text_tokens'], **CLOSE)
+    assert_close(hidden[:, 0], io['text_pooled'], **CLOSE)
     assert (io['attention_mask'] == 0).any(), 'the vectors hold padding'
 
 
@@ -45,20 +47,23 @@ def test_matching(recorded):
     texts, mask = io['text_tokens'].repeat(n, 1, 1), io['attention_mask'].repeat(n, 1)
     for tokens in (videos, videos.repeat_interleave(n, 0)):
         logits = F.linear(model.fuse(texts, mask, tokens)[:, 0], state['itm_head.weight'], state['itm_head.bias'])
-        assert_close(logits.view(n, n, 2), io['match_logits'], **close)
+        assert_close(logits.view(n, n, 2), io['match_logits'], **CLOSE)
 
 
 def test_masked_words(recorded):
     model, _, io = recorded
-    hidden = model.fuse(model.encode(io['mlm_input_ids'], io['attention_mask']), io['attention_mask'], io['video_visible_tokens'])
-    assert_close(model.predict_words(hidden.flatten(0, 1)).view_as(io['mlm_logits']), io['mlm_logits'], **close)
+    mask, videos = io['attention_mask'], io['video_visible_tokens']
+    hidden = model.fuse(model.encode(io['mlm_input_ids'], mask), mask, videos)
+    assert_close(model.predict_words(hidden.flatten(0, 1)).view_as(io['mlm_logits']), io['mlm_logits'], **CLOSE)
     chosen = io['mlm_labels'] != -100
-    assert_close(F.cross_entropy(model.predict_words(hidden[chosen]), io['mlm_labels'][chosen])[None], io['mlm_loss'], **close)
+    loss = F.cross_entropy(model.predict_words(hidden[chosen]), io['mlm_labels'][chosen])
+    assert_close(loss[None], io['mlm_loss'], **CLOSE)
 
 
 def test_every_tensor_of_the_reference_has_its_place(recorded):
     model, state, _ = recorded
-    ours = {('text_encoder.' if k.startswith('cls.') else 'text_encoder.bert.') + k: v.shape for k, v in model.state_dict().items()}
+    prefix = lambda name: 'text_encoder.' if name.startswith('cls.') else 'text_encoder.bert.'
+    ours = {prefix(name) + name: tensor.shape for name, tensor in model.state_dict().items()}
     theirs = {k: v.shape for k, v in state.items() if k.startswith('text_encoder.') and not k.endswith('position_ids')}
     assert ours == theirs
 
@@ -91,17 +96,20 @@ def test_clean_text_goldens(text, clean): assert clean_text(text) == clean
 
 def test_answers_are_not_cleaned():
     tokenizer = Tokenizer()
-    assert len(tokenizer.encode("t-shirt [SEP]", 9, clean=False)) == len(tokenizer.encode("t-shirt [SEP]", 9)) + 1  # the hyphen
+    raw, clean = (tokenizer.encode("t-shirt [SEP]", 9, clean=clean) for clean in (False, True))
+    assert len(raw) == len(clean) + 1  # the hyphen
 
 
 class Captions(list):
-    def __init__(self, tokenizer): self.tokenizer = tokenizer; super().__init__(['a cat', 'two dogs run'])
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        super().__init__(['a cat', 'two dogs run'])
     def __getitem__(self, i): return self.tokenizer.encode(super().__getitem__(i), 8)
 
 
 @pytest.mark.parametrize('method', ['fork', 'spawn'])
 def test_tokenizer_in_workers(method, capfd):
-    "Whatever the way a worker starts, and after the tokenizer was used for batches in the parent; no warning about threads"
+    "However a worker starts, and after the tokenizer was used for batches in the parent; no warning about threads"
     captions = Captions(Tokenizer())
     captions.tokenizer(['a cat']*50, 8)
     got = list(DataLoader(captions, batch_size=None, num_workers=1, multiprocessing_context=method))
@@ -117,11 +125,13 @@ def test_training_reaches_every_parameter():
     with torch.autocast('cpu', torch.bfloat16):
         hidden = model.encode(ids, mask)
         fused = model.fuse(hidden, mask, torch.randn(2, 5, 16))
-        loss = hidden[:, 0].float().square().mean() + fused[:, 0].float().square().mean() + F.cross_entropy(model.predict_words(fused[mask.bool()]).float(), ids[mask.bool()])
+        words = F.cross_entropy(model.predict_words(fused[mask.bool()]).float(), ids[mask.bool()])
+        loss = hidden[:, 0].float().square().mean() + fused[:, 0].float().square().mean() + words
     loss.backward()
     gradients = {k: p.grad for k, p in model.named_parameters()}
     assert all(g is not None and g.isfinite().all() for g in gradients.values())
-    assert [k for k, g in gradients.items() if not g.any() and not k.endswith('key.bias')] == []  # a key's bias cancels in the softmax
+    unmoved = [name for name, gradient in gradients.items() if not gradient.any()]
+    assert [name for name in unmoved if not name.endswith('key.bias')] == []  # a key's bias cancels in the softmax
 
 
 def test_start_of_masked_words():

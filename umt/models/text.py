@@ -9,7 +9,6 @@ __all__ = ['MINILM', 'BERT_FIELDS', 'FUSION_LAYER', 'bert_folder', 'Tokenizer', 
 # %% ../../nbs/models/07_text.ipynb #13a3ef63
 import re
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Sequence
 
@@ -24,7 +23,9 @@ from transformers.utils import logging
 from ..data.captions import clean_text
 
 # %% ../../nbs/models/07_text.ipynb #extras-import
+from ..core.config import did_you_mean
 from ..core.extras import need
+from ..core.log import logger
 
 # %% ../../nbs/models/07_text.ipynb #51eecf98
 MINILM = 'minilm'
@@ -38,20 +39,23 @@ def bert_folder(
 
 # %% ../../nbs/models/07_text.ipynb #ba3e6876
 class Tokenizer:
-    "BERT's word pieces the reference's way. FileNotFoundError if there is no tokenizer, ValueError if it is not like BERT's"
+    "BERT's word pieces the reference's way. FileNotFoundError if there is no tokenizer, ValueError if it is no BERT's"
     def __init__(self,
         name: str | Path = MINILM, # of a BERT, see `bert_folder`
         sep: bool = False, # end with [SEP], as BERT itself does and the reference does not
     ):
         try: tokenizer = AutoTokenizer.from_pretrained(bert_folder(name))
         except (OSError, ValueError) as error:
-            raise FileNotFoundError(f'{name}: no tokenizer, neither in a folder of that name nor on the hub ({str(error).splitlines()[0]})') from error
+            reason = str(error).splitlines()[0]
+            raise FileNotFoundError(f'{name}: no tokenizer, neither in a folder nor on the hub ({reason})') from error
         special = {k: getattr(tokenizer, f'{k}_token_id', None) for k in ('pad', 'cls', 'sep', 'mask')}
-        if None in special.values() or not tokenizer.is_fast: raise ValueError(f'{name}: no fast tokenizer with [PAD], [CLS], [SEP] and [MASK], as BERT has')
+        if None in special.values() or not tokenizer.is_fast:
+            raise ValueError(f'{name}: no fast tokenizer with [PAD], [CLS], [SEP] and [MASK], as BERT has')
         self.pad_id, self.cls_id, self.sep_id, self.mask_id = special.values()
         self.name, self.sep, self.vocab_size = str(name), sep, len(tokenizer)
         self.backend = tokenizer.backend_tokenizer
-        self.backend.no_truncation(); self.backend.no_padding()
+        self.backend.no_truncation()
+        self.backend.no_padding()
         self._separator = re.compile(f'({re.escape(tokenizer.sep_token)})')
 
     def encode(self,
@@ -61,7 +65,8 @@ class Tokenizer:
     ) -> Tensor: # int64 [n]
         "One text, not padded"
         if max_length < 2 + self.sep: raise ValueError(f'{max_length=} leaves no room for a word')
-        if clean: text = ' '.join(part if i % 2 else clean_text(part) for i, part in enumerate(self._separator.split(text)))
+        parts = enumerate(self._separator.split(text)) # every other one is a separator
+        if clean: text = ' '.join(part if i % 2 else clean_text(part) for i, part in parts)
         ids = self.backend.encode(text, add_special_tokens=False).ids[:max_length - 1 - self.sep]
         return torch.tensor([self.cls_id, *ids] + [self.sep_id] * self.sep)
 
@@ -103,22 +108,26 @@ def init_bert(
     "Normal weights, zero biases; LayerNorms and padding's embedding keep PyTorch's own (1 and 0; 0)"
     if isinstance(module, (nn.Linear, nn.Embedding)): nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear): nn.init.zeros_(module.bias)
-    if isinstance(module, nn.Embedding) and module.padding_idx is not None: nn.init.zeros_(module.weight[module.padding_idx].detach())
+    padded = isinstance(module, nn.Embedding) and module.padding_idx is not None
+    if padded: nn.init.zeros_(module.weight[module.padding_idx].detach())
 
 # %% ../../nbs/models/07_text.ipynb #e834b810
-BERT_FIELDS = ('vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size', 'hidden_act', 'hidden_dropout_prob',
-               'attention_probs_dropout_prob', 'max_position_embeddings', 'type_vocab_size', 'initializer_range', 'layer_norm_eps', 'pad_token_id')
+BERT_FIELDS = (
+    'vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size', 'hidden_act',
+    'hidden_dropout_prob', 'attention_probs_dropout_prob', 'max_position_embeddings', 'type_vocab_size',
+    'initializer_range', 'layer_norm_eps', 'pad_token_id')
 
 def bert_config(
     **bert, # fields of `BertConfig`, of `BERT_FIELDS`; the others keep their defaults (bert-base-uncased)
 ) -> BertConfig: # with fused attention
     "Raises ValueError for an unknown field, or sizes that do not fit"
     for name in bert:
-        near = get_close_matches(name, BERT_FIELDS, 1)
-        if name not in BERT_FIELDS: raise ValueError(f'unknown field {name!r}' + (f'; did you mean {near[0]!r}?' if near else f' (of {BERT_FIELDS})'))
+        near = did_you_mean(name, BERT_FIELDS) or f' (of {BERT_FIELDS})'
+        if name not in BERT_FIELDS: raise ValueError(f'unknown field {name!r}{near}')
     config = BertConfig(**bert, attn_implementation='sdpa')
     if config.hidden_size % config.num_attention_heads:
-        raise ValueError(f'hidden_size={config.hidden_size} is no multiple of num_attention_heads={config.num_attention_heads}')
+        heads = config.num_attention_heads
+        raise ValueError(f'hidden_size={config.hidden_size} is no multiple of num_attention_heads={heads}')
     return config
 
 # %% ../../nbs/models/07_text.ipynb #c4e123b1
@@ -128,9 +137,11 @@ def bert_parts(
     fusion_layer: int, # first layer of the cross-modal decoder
     lm_head: bool, # with the head that predicts masked words
 ) -> dict[str, nn.Module]: # embeddings, encoder and cls, freshly initialised
-    "The modules of a `TextModel`, under the reference's names; output weight and bias of the head are tied. Raises ValueError if there is nothing to split"
+    """The modules of a `TextModel`, under the reference's names; output weight and bias of the head are tied.
+    Raises ValueError if there is nothing to split"""
     depth = config.num_hidden_layers
-    if not 0 < fusion_layer < depth: raise ValueError(f'{fusion_layer=} must be in 1 ... {depth - 1}, to split {depth} layers in two')
+    if not 0 < fusion_layer < depth:
+        raise ValueError(f'{fusion_layer=} must be in 1 ... {depth - 1}, to split {depth} layers in two')
     layers = [BertLayer(config, i) if i < fusion_layer else FusionLayer(config, i, vision_dim) for i in range(depth)]
     parts = dict(embeddings=BertEmbeddings(config), encoder=nn.ModuleDict(dict(layer=nn.ModuleList(layers))))
     if lm_head: parts['cls'] = BertOnlyMLMHead(config)
@@ -153,12 +164,16 @@ class TextModel(nn.Module):
         super().__init__()
         bert = bert_config(**bert)
         for name, part in bert_parts(bert, vision_dim, fusion_layer, lm_head).items(): self.add_module(name, part)
-        own = dict(vision_dim=vision_dim, fusion_layer=fusion_layer, lm_head=lm_head, checkpoint_layers=checkpoint_layers)
-        self.config, self.hidden_size = own | {k: getattr(bert, k) for k in BERT_FIELDS}, bert.hidden_size
+        own = dict(vision_dim=vision_dim, fusion_layer=fusion_layer, lm_head=lm_head)
+        own |= dict(checkpoint_layers=checkpoint_layers)
+        self.config = own | {name: getattr(bert, name) for name in BERT_FIELDS}
+        self.hidden_size = bert.hidden_size
 
     def _run(self, layers, hidden, attention_mask, *inputs):
         recompute, mask = self.training and self.config['checkpoint_layers'], attention_mask.bool()[:, None, None, :]
-        for layer in layers: hidden = checkpoint(layer, hidden, mask, *inputs, use_reentrant=False) if recompute else layer(hidden, mask, *inputs)
+        for layer in layers:
+            if recompute: hidden = checkpoint(layer, hidden, mask, *inputs, use_reentrant=False)
+            else: hidden = layer(hidden, mask, *inputs)
         return hidden
 
     def encode(self,
@@ -166,7 +181,8 @@ class TextModel(nn.Module):
         attention_mask: Tensor, # [B, L], 1 or True = a token
     ) -> Tensor: # [B, L, H]
         "The text encoder. Raises ValueError if the texts are longer than the positions"
-        if input_ids.shape[1] > (limit := self.config['max_position_embeddings']): raise ValueError(f'{input_ids.shape[1]} tokens, but {limit} positions')
+        length, limit = input_ids.shape[1], self.config['max_position_embeddings']
+        if length > limit: raise ValueError(f'{length} tokens, but {limit} positions')
         return self._run(self.encoder.layer[:self.config['fusion_layer']], self.embeddings(input_ids), attention_mask)
 
     def fuse(self,
@@ -175,7 +191,8 @@ class TextModel(nn.Module):
         vision_tokens: Tensor, # [m, V, D]; n is a multiple of m, and n / m texts in a row read the same video
     ) -> Tensor: # [n, L, H]
         "The cross-modal decoder. Raises ValueError if the texts cannot be dealt out to the videos"
-        if len(hidden) % len(vision_tokens): raise ValueError(f'{len(hidden)} texts are no multiple of {len(vision_tokens)} videos')
+        if len(hidden) % len(vision_tokens):
+            raise ValueError(f'{len(hidden)} texts are no multiple of {len(vision_tokens)} videos')
         return self._run(self.encoder.layer[self.config['fusion_layer']:], hidden, attention_mask, vision_tokens)
 
     def predict_words(self,
@@ -187,9 +204,10 @@ class TextModel(nn.Module):
 # %% ../../nbs/models/07_text.ipynb #9c5a2cd0
 @contextmanager
 def quiet_transformers():
-    "Without transformers' progress bars and load reports, which are about classes that nobody asked for; errors are raised all the same"
+    "Without transformers' progress bars and load reports, which are about classes that nobody asked for; errors stay"
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error(); logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try: yield
     finally:
         logging.set_verbosity(verbosity)
@@ -198,20 +216,25 @@ def quiet_transformers():
 # %% ../../nbs/models/07_text.ipynb #acb1ca05
 def read_bert(
     name: str | Path, # a folder, a name on the hub, or 'minilm'
-) -> tuple[BertConfig, dict[str, Tensor], list[str]]: # configuration; float32 weights under the names of `TextModel`; what was left aside
-    "A BERT, with its masked-word head if it has one. FileNotFoundError if there is none, ValueError if it is another kind of model or incomplete"
+) -> tuple[BertConfig, dict[str, Tensor], list[str]]: # float32 weights of a `TextModel`; what is left aside
+    """A BERT, with its masked-word head if it has one. FileNotFoundError if there is none, ValueError if it is another
+    kind of model or incomplete"""
     folder = bert_folder(name)
     try: config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f'{name}: neither a folder with a config.json nor to be had from the hub ({reason})') from error
+        missing = f'{name}: neither a folder with a config.json nor to be had from the hub ({reason})'
+        raise FileNotFoundError(missing) from error
     kind, positions = config.model_type, getattr(config, 'position_embedding_type', 'absolute')
     if kind != 'bert': raise ValueError(f'{name}: no BERT, but {kind!r}')
-    if positions != 'absolute': raise ValueError(f'{name}: a BERT with {positions!r} positions, which are not supported')
+    if positions != 'absolute':
+        raise ValueError(f'{name}: a BERT with {positions!r} positions, which are not supported')
     with quiet_transformers():
-        model, info = BertForMaskedLM.from_pretrained(folder, config=config, output_loading_info=True, dtype=torch.float32)
+        options = dict(config=config, output_loading_info=True, dtype=torch.float32)
+        model, info = BertForMaskedLM.from_pretrained(folder, **options)
     missing = info['missing_keys']
-    if body := sorted(k for k in missing if k.startswith('bert.')): raise ValueError(f'{name}: {len(body)} tensors are missing, {body[0]!r} first')
+    body = sorted(k for k in missing if k.startswith('bert.'))
+    if body: raise ValueError(f'{name}: {len(body)} tensors are missing, {body[0]!r} first')
     left = () if missing else ('cls.',)  # a head is taken whole or not at all
     state = {k.removeprefix('bert.'): v for k, v in model.state_dict().items() if k.startswith(('bert.', *left))}
     return config, state, sorted(info['unexpected_keys'])
@@ -222,22 +245,28 @@ FUSION_LAYER = {6: 4, 12: 9, 24: 19}  # number of layers -> those below this one
 def load_text(
     name: str | Path = MINILM, # a folder, a name on the hub, or 'minilm'
     vision_dim: int = 768, # D, width of the video's tokens
-    fusion_layer: int | None = None, # first layer of the cross-modal decoder; None = 9 of 12, 19 of 24, 4 of 6, else three quarters
+    fusion_layer: int | None = None, # first layer of the decoder; None = 9 of 12, 19 of 24, 4 of 6, else 3/4
     lm_head: bool = True, # with the head that predicts masked words
     **changes, # checkpoint_layers, hidden_dropout_prob, attention_probs_dropout_prob
-) -> TextModel: # prints what was loaded, what is new and what was left aside
-    "A `TextModel` with the weights of a BERT. Raises as `read_bert`, and ValueError for a change that its weights do not admit"
+) -> TextModel: # with a `load_report`: what was loaded, what is new and what was left aside
+    "A `TextModel` with the weights of a BERT. Raises as `read_bert`, ValueError for a change that they do not admit"
     if fixed := set(changes) - {'checkpoint_layers', 'hidden_dropout_prob', 'attention_probs_dropout_prob'}:
         raise ValueError(f'{sorted(fixed)} cannot be changed: the weights of {name} decide')
     config, state, aside = read_bert(name)
     depth = config.num_hidden_layers
     if fusion_layer is None: fusion_layer = FUSION_LAYER.get(depth, depth * 3 // 4)
     model = TextModel(vision_dim, fusion_layer, lm_head, **{k: getattr(config, k) for k in BERT_FIELDS} | changes)
-    if not lm_head: aside, state = aside + [k for k in state if k.startswith('cls.')], {k: v for k, v in state.items() if not k.startswith('cls.')}
+    if not lm_head:
+        aside = aside + [name for name in state if name.startswith('cls.')]
+        state = {name: tensor for name, tensor in state.items() if not name.startswith('cls.')}
     new, unknown = model.load_state_dict(state, strict=False)
-    if unknown or any('crossattention' not in k and not k.startswith('cls.') for k in new): raise ValueError(f'{name}: {unknown=}, {new=}')
+    if unknown or any('crossattention' not in k and not k.startswith('cls.') for k in new):
+        raise ValueError(f'{name}: {unknown=}, {new=}')
     head = any(k.startswith('cls.') for k in new)
-    print(f'{name}: {len(state)} tensors loaded; text encoder: {fusion_layer} layers, cross-modal decoder: {depth - fusion_layer}',
-          '  new: cross-attention' + ', masked-word head (its output weights are the embeddings)' * head,
-          *[f'  left aside: {", ".join(aside)}'] * bool(aside), sep='\n')
+    report = [
+        f'{name}: {len(state)} tensors loaded; text encoder: {fusion_layer} layers, decoder: {depth - fusion_layer}',
+        '  new: cross-attention' + ', masked-word head (its output weights are the embeddings)' * head]
+    if aside: report.append(f'  left aside: {", ".join(aside)}')
+    model.load_report = '\n'.join(report)
+    logger.info('%s', model.load_report)
     return model

@@ -224,7 +224,7 @@ class Retrieval(Task):
     def start(self, config, data):
         "The trained model, fitted to the videos."
         shape = dict(num_frames=config.data.num_frames, image_size=config.data.image_size)
-        model = load_start(config.start.init, (Multimodal,), **shape)
+        model = load_start(config.start.init, (Multimodal,))
         for line in other_protocol(config, model.student.config): logger.warning(line)
         self.check_text(config, model.text.config, data.tokenizer)
         return fit_to(model, **shape)
@@ -241,8 +241,11 @@ class Retrieval(Task):
         return [*lines, describe_test_set(config, data)]
 
     def summary(self, result):
-        ways = {'re-ranked': '', 'dual encoder': 'dual_'}
-        return '\n'.join(recall_line(name, prefix, result) for name, prefix in ways.items())
+        def line(name, prefix):
+            recalls = {way: [f'{result[f"{prefix}{way}_r{k}"]:.3f}' for k in (1, 5, 10)] for way in ('t2v', 'v2t')}
+            shares = ', '.join(f'{way} {" / ".join(values)}' for way, values in recalls.items())
+            return f'{name}: R@1/5/10 {shares}, mean {result[f"{prefix}r_mean"]:.3f}'
+        return line('re-ranked', '') + '\n' + line('dual encoder', 'dual_')
 
 # %% ../../nbs/tasks/10_retrieval.ipynb #7e22cd08
 def zero_shot(
