@@ -254,7 +254,8 @@ def plan(
             for task, chain in chains.items():
                 parts = []
                 for config in chain.configs:
-                    parts.append(_prepare(out, override(config, seed=seed), parts[-1] if parts else None))
+                    if option_of(config, 'seed') is not None: config = override(config, seed=seed)
+                    parts.append(_prepare(out, config, parts[-1] if parts else None)) # an evaluation has no seed of its own
                 folders[row, task, seed] = tuple(parts)
                 names, members = jobs.setdefault(parts[0], ([], {}))
                 names.append(f'{row}, seed {seed}')

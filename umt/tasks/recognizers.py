@@ -181,15 +181,18 @@ def build_model(
         if start.init == 'scratch': return _from_scratch(config, num_classes)
         if start.init == 'teacher': return _from_teacher(config, num_classes)
         found = load_network(start.init)
-        model = start_from(found, num_classes, config.data, pool_grid=config.pool_grid, drop_path=config.student.drop_path,
-                           checkpoint_blocks=config.student.checkpoint_blocks)
+        model = start_from(
+            found, num_classes, config.data, pool_grid=config.pool_grid, drop_path=config.student.drop_path,
+            checkpoint_blocks=config.student.checkpoint_blocks)
     if isinstance(found, Student):
-        if start.head == 'carry': raise ValueError(f'{start.init} is a Stage-1 student: it has no classifier to carry over')
+        if start.head == 'carry':
+            raise ValueError(f'{start.init} is a Stage-1 student: it has no classifier to carry over')
         return model
     if start.head is None:
         count = found.config['num_classes']
         raise ValueError(
-            f"{start.init} has a classifier of {count} classes: say head='carry' to go on with it, or head='fresh' to begin with a new one")
+            f"{start.init} has a classifier of {count} classes: say head='carry' to go on with it, "
+            "or head='fresh' to begin with a new one")
     if start.head == 'carry': carry_head(model, found, names, init_names(start, config.data.root))
     return model
 
@@ -208,12 +211,13 @@ def build_saved(
     names: list[str] | None = None, # class names of the data, if they are known
     num_classes: int | None = None, # of the data, if it is known
 ) -> tuple[Recognizer, list[str]]: # on the CPU, and `other_protocol`
-    "A fine-tuned recogniser for the clips of an evaluation. Raises as `load_start`, and ValueError if it has no such classes."
+    "A fine-tuned recogniser for other clips. Raises as `load_start`; ValueError if it has no such classes."
     start, clips = config.start, config.data
     found = load_network(start.init)
-    if isinstance(found, Student): raise ValueError(f'{start.init} is a Stage-1 student: it has no classifier to evaluate')
+    if isinstance(found, Student):
+        raise ValueError(f'{start.init} is a Stage-1 student: it has no classifier to evaluate')
     differs = other_protocol(found, clips)
-    if differs: logger.warning(f'{start.init}: evaluated otherwise than it was trained ({"; ".join(differs)})')
+    if differs: logger.warning(f'{start.init}: evaluated otherwise than it was trained: {"; ".join(differs)}')
     count = num_classes or len(names or ()) or found.config['num_classes']
     model = start_from(found, count, clips, pool_grid=found.config['pool_grid'], drop_path=0.)
     carry_head(model, found, names, init_names(start, clips.root))

@@ -241,11 +241,8 @@ class Retrieval(Task):
         return [*lines, describe_test_set(config, data)]
 
     def summary(self, result):
-        def line(name, prefix):
-            recalls = {way: [f'{result[f"{prefix}{way}_r{k}"]:.3f}' for k in (1, 5, 10)] for way in ('t2v', 'v2t')}
-            shares = ', '.join(f'{way} {" / ".join(values)}' for way, values in recalls.items())
-            return f'{name}: R@1/5/10 {shares}, mean {result[f"{prefix}r_mean"]:.3f}'
-        return line('re-ranked', '') + '\n' + line('dual encoder', 'dual_')
+        ways = {'re-ranked': '', 'dual encoder': 'dual_'}
+        return '\n'.join(recall_line(name, prefix, result) for name, prefix in ways.items())
 
 # %% ../../nbs/tasks/10_retrieval.ipynb #7e22cd08
 def zero_shot(
