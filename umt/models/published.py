@@ -354,7 +354,7 @@ def save_config(
     folder: str | Path, # made if need be
 ):
     "Write `model.json`: the class of `model` and its arguments"
-    kind = next(cls.__name__ for cls in type(model).__mro__ if cls in (Student, Recognizer, Multimodal)) # a sharded model is of a subclass
+    kind = next(cls.__name__ for cls in type(model).__mro__ if cls in NAMES) # a sharded model is of a subclass
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_json(Path(folder)/'model.json', dict(model=kind, **model.config))
 
