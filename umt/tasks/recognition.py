@@ -36,12 +36,12 @@ from ..data.transforms import normalize_video
 from ..models.heads import Recognizer
 from ..models.student import SIZES, StudentConfig
 from . import recognition_recipes as recipes
-from .evaluators import InferenceConfig, accuracy, evaluate as evaluate_model, extract_features
+from .evaluators import accuracy, evaluate as evaluate_model, extract_features
 from .recognizers import (
     WORDS, SavedStartConfig, StartConfig, build_model, build_saved, carry_head, check_start, match_classes)
 from .task import Parts, Task, check_init, dry_run as plan, main as run_command, run
 from ..models.backbone import compile_blocks
-from ..training.distributed import split_batch
+from ..training.distributed import InferenceConfig, split_batch
 from ..training.loop import Evaluator, TrainConfig
 from ..training.schedule import layer_groups, weight_decay_groups
 

@@ -21,13 +21,15 @@ from ..core.config import Config, FilePath, config_dict, free, option, override,
 from ..core.files import complete, write_json
 from ..core.log import logger
 from ..data.galleries import Gallery, GalleryDataset, describe_gallery, existing_videos, read_gallery
+from ..models.backbone import compile_blocks
 from ..models.fitting import fit_to
 from ..models.multimodal import Multimodal
 from ..models.text import Tokenizer
 from .continuing import StartConfig, check_tokenizer, saved_config, vocabulary_hash
-from .ranking import InferenceConfig, RankingConfig, ScoringConfig, rank_gallery
+from .ranking import RankingConfig, ScoringConfig, rank_gallery
 from .task import (
     Task, cached_evaluation, check_init, dry_run as plan, json_hash, load_start, main as run_command, run, weights_hash)
+from ..training.distributed import InferenceConfig
 
 # %% ../../nbs/tasks/10_retrieval.ipynb #5e587ca9
 FORMATS = Literal['json', 'msrvtt', 'didemo', 'activitynet', 'lsmdc', 'msvd', 'ssv2_label', 'ssv2_template']
@@ -227,7 +229,7 @@ class Retrieval(Task):
         model = load_start(config.start.init, (Multimodal,))
         for line in other_protocol(config, model.student.config): logger.warning(line)
         self.check_text(config, model.text.config, data.tokenizer)
-        return fit_to(model, **shape)
+        return compile_blocks(fit_to(model, **shape), config.device.compile)
 
     def evaluate(self, config, data, model):
         logger.info(describe_test_set(config, data))
