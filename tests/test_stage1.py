@@ -43,7 +43,8 @@ def command(root, *options):
 def start(root, *options, seconds=120):
     "In a process of its own; exit code, standard output, standard error."
     run = [sys.executable, '-m', 'umt.tasks.stage1', *command(root, *options)]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=seconds, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    env = os.environ | {'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(run, capture_output=True, text=True, timeout=seconds, env=env)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -94,7 +95,8 @@ def test_a_presets_leftovers_do_not_reach_other_data(caplog, clips, tmp_path):
 
 def test_a_dry_run_makes_nothing(caplog, tmp_path):
     caplog.set_level('INFO', 'umt')
-    stage1.main(['--preset', 'nano_emoji', '--data-root', str(tmp_path/'data'), '--run-dir', str(tmp_path/'run'), '--dry-run'])
+    folders = ['--data-root', str(tmp_path/'data'), '--run-dir', str(tmp_path/'run')]
+    stage1.main(['--preset', 'nano_emoji', *folders, '--dry-run'])
     assert 'EmojiMotion with 2,000 training clips would be made' in caplog.text and not list(tmp_path.iterdir())
 
 
@@ -133,7 +135,8 @@ def test_too_many_bad_clips_end_the_run(own, tmp_path):
     assert '3.mp4' in (tmp_path/'run/quarantine.jsonl').read_text()
 
 
-ODD = {'damaged': lambda f: f.write_bytes(b'no video'), 'empty': lambda f: f.write_bytes(b''), 'gone': lambda f: f.unlink(),
+ODD = {'damaged': lambda f: f.write_bytes(b'no video'), 'empty': lambda f: f.write_bytes(b''),
+       'gone': lambda f: f.unlink(),
        'loop': lambda f: (f.unlink(), f.symlink_to(f.name)),
        'outside': lambda f: (f.unlink(), f.symlink_to('/etc/hostname'))}
 
@@ -158,8 +161,9 @@ def test_a_changed_list_is_refused(capsys, own, tmp_path):
 def test_evaluation_on_the_way_survives_a_stop(own, tmp_path, monkeypatch):
     "Stopped after each evaluation and continued: the same weights, bit for bit, and the same choice of the best ones."
     (own/'val.csv').write_text(''.join(f'{i}.mp4 0\n' for i in range(4)))
-    config = override(stage1.PRESETS['quick_emoji'], {'data.val_list': 'val.csv', 'validation.every': 1, 'validation.select': 'best'},
-                      data_root=str(own), train_list='mine.csv', epochs=3, batch_size=4, log_every=1)
+    on_the_way = {'data.val_list': 'val.csv', 'validation.every': 1, 'validation.select': 'best'}
+    config = override(stage1.PRESETS['quick_emoji'], on_the_way, data_root=str(own), train_list='mine.csv', epochs=3,
+                      batch_size=4, log_every=1)
     straight = stage1.pretrain(override(config, run_dir=str(tmp_path/'straight')))
     stopped, keep = override(config, run_dir=str(tmp_path/'stopped')), loop.train_step
 
@@ -182,7 +186,8 @@ def test_evaluation_on_the_way_survives_a_stop(own, tmp_path, monkeypatch):
 
 
 def test_help_groups_options_and_explains_them():
-    done = subprocess.run([sys.executable, '-m', 'umt.experiments.command', 'stage1', '--help'], capture_output=True, text=True)
+    command = [sys.executable, '-m', 'umt.experiments.command', 'stage1', '--help']
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = ' '.join(re.sub('[│╭╮╰╯─]', ' ', done.stdout).split())
     group = ('mask options', '--mask.ratio FLOAT', 'share of tokens dropped', '{semantic,random,tube,none}')

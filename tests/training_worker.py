@@ -1,5 +1,5 @@
-"""A tiny training job. Tests call `run` themselves, or start this file (plainly or with torchrun) with a JSON list of calls:
-`python training_worker.py '[{"folder": "/tmp/x", "kill_at": 7}, ...]'`. Each call writes `outcome-<rank>.json` into its folder."""
+"""A tiny training job. Tests call `run` themselves, or start this file (plainly or with torchrun) with a JSON list of
+calls: `python training_worker.py '[{"folder": "/tmp/x", "kill_at": 7}, ...]'`. Each writes `outcome-<rank>.json`."""
 import json
 import os
 import signal
@@ -20,11 +20,11 @@ from umt.training.session import TrainConfig
 from umt.training.step import NonfiniteError
 
 CONFIG = override(
-    TrainConfig(), epochs=3, batch_size=16, micro_batch_size=8, lr=.16, min_lr=.01, warmup_epochs=1, clip_grad=1., log_every=4,
-    checkpoint_every=3)
+    TrainConfig(), epochs=3, batch_size=16, micro_batch_size=8, lr=.16, min_lr=.01, warmup_epochs=1, clip_grad=1.,
+    log_every=4, checkpoint_every=3)
 
 class Toy(Dataset):
-    "80 noisy samples: 5 steps an epoch, 15 in all. The samples in `poison` are NaN, those in `broken` are reported as failures."
+    "80 noisy samples: 5 steps an epoch, 15 in all. Those in `poison` are NaN, those in `broken` reported as failures."
     def __init__(self, poison=(), broken=()):
         self.poison, self.broken = poison, broken
 

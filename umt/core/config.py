@@ -70,7 +70,7 @@ def coerce(
     value: Any, # text from a command line, or a value
     hint: Any, # the declared type
 ) -> Any: # `value` as a `hint`
-    "Parse text, let an int stand for a float and a list for a tuple; ValueError for anything else that is not a `hint`."
+    "Parse text, let an int stand for a float and a list for a tuple; ValueError for what is not a `hint`."
     kind, args = get_origin(hint), get_args(hint)
     if kind is Annotated: return coerce(value, args[0])
     if kind in (Union, UnionType):
@@ -79,7 +79,8 @@ def coerce(
     if kind is tuple:
         parts = [p for p in value.strip('()[] ').split(',') if p] if isinstance(value, str) else list(value)
         hints = args[:1] * len(parts) if args[-1] is Ellipsis else args
-        if len(hints) == len(parts): return tuple(coerce(p.strip() if isinstance(p, str) else p, h) for p, h in zip(parts, hints))
+        parts = [part.strip() if isinstance(part, str) else part for part in parts]
+        if len(hints) == len(parts): return tuple(map(coerce, parts, hints))
     if kind is Literal:
         if value in args: return value
         known = ', '.join(map(str, args))
@@ -121,7 +122,7 @@ def _in_bounds(
 # %% ../../nbs/core/01_config.ipynb #56a0c0fa
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    "Options of one component. Derive, and decorate with `@dataclass(frozen=True, kw_only=True)`; ValueError names a field that does not fit."
+    "Options of one component. Derive, as a frozen dataclass; ValueError names a field that does not fit."
     def __post_init__(self):
         for f in fields(self):
             hint, value = _hints(type(self))[f.name], getattr(self, f.name)
@@ -207,7 +208,7 @@ def _changed(config: C, changes: Mapping[str, Any]) -> C:
 
 def override(
     config: C, # a preset, say
-    changes: Mapping[str, Any] | None = None, # dotted or flat name -> new value (or its text); a section may be a mapping
+    changes: Mapping[str, Any] | None = None, # dotted or flat name -> value; a section may be a mapping
     /,
     **flat, # the same, for names without a dot
 ) -> C: # a new config of the same class
@@ -237,8 +238,8 @@ def read_config(
     if file is None: return {}
     try: content = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error: raise ValueError(f'{file}: {error}') from None
-    if not isinstance(content, dict): raise ValueError(f'{file}: expected a JSON object, found {type(content).__name__}')
-    return content
+    if isinstance(content, dict): return content
+    raise ValueError(f'{file}: expected a JSON object, found {type(content).__name__}')
 
 # %% ../../nbs/core/01_config.ipynb #56a0c103
 def config_changes(
@@ -249,7 +250,8 @@ def config_changes(
     "The options in which two stored configs differ; one that `old` does not have is not compared."
     found = []
     for name, value in new.items():
-        if isinstance(value, Mapping) and isinstance(old.get(name), Mapping): found += config_changes(old[name], value, f'{prefix}{name}.')
+        if isinstance(value, Mapping) and isinstance(old.get(name), Mapping):
+            found += config_changes(old[name], value, f'{prefix}{name}.')
         elif name in old and old[name] != value: found.append(f'{prefix}{name}: {old[name]!r} -> {value!r}')
     return found
 
@@ -290,7 +292,7 @@ def _command(
     about = tyro.conf.arg
     kind = make_dataclass('Command', [
         ('preset', Annotated[Literal[tuple(presets)], about(help='a complete recipe; the other options change it')]),
-        ('config', Annotated[str | None, about(metavar='FILE', help="options as in a run's config.json, put over the preset's")]),
+        ('config', Annotated[str | None, about(metavar='FILE', help='options as in the config.json of a run')]),
         ('dry_run', Annotated[bool, tyro.conf.FlagCreatePairsOff, about(help='print what would be done')]),
         ('settings', Annotated[type(config), tyro.conf.FlagConversionOff, about(name='')])])
     kind.__doc__ = (type(config).__doc__ or '').splitlines()[0]
@@ -327,12 +329,13 @@ def program_name() -> str | None: # None: as Python has it
     module = getattr(sys.modules['__main__'], '__spec__', None) # set by `python -m`
     return f'python -m {module.name}' if module else None
 
+# %% ../../nbs/core/01_config.ipynb #4f8b34ec
 def from_cli(
     presets: Mapping[str, C], # by name; the first is the default
     argv: Sequence[str] | None = None, # without the program's name; None: `sys.argv[1:]`
     prog: str | None = None, # what the program is called; None: see `program_name`
 ) -> tuple[C, bool]: # the config, and whether `--dry-run` was given
-    "Read `[--preset NAME] [--config FILE] --option value ... [--dry-run]`; a mistake ends the program with one line and code 2."
+    "Read `[--preset NAME] [--config FILE] --option value ... [--dry-run]`; a mistake raises `UsageError`."
     import tyro
     prog = prog or program_name() or Path(sys.argv[0]).name
     first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)

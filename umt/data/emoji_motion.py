@@ -293,7 +293,8 @@ def is_emoji_motion(
 ) -> bool: # or a folder that is not there yet, and lists of the right names
     "Are these EmojiMotion's own lists, in a folder of EmojiMotion or in an empty one?"
     root = Path(root)
-    ours = not root.exists() or not any(root.iterdir()) or (root/'config.json').exists() or any(root.glob('stills_*.json'))
+    empty = not root.exists() or not any(root.iterdir())
+    ours = empty or (root/'config.json').exists() or any(root.glob('stills_*.json'))
     names = {f'{kind}_{split}.csv' for kind in ('action', 'category', 'scene') for split in SPLITS}
     return ours and all(name in names or name.startswith('captions_') for name in lists)
 
@@ -320,6 +321,7 @@ def emoji_motion_missing(
     enough = not num_stills or stills.exists() and len(json.loads(stills.read_text())) == num_stills
     return not enough or bool(num_clips) and not (root/'complete').exists()
 
+# %% ../../nbs/data/05_emoji_motion.ipynb #e3a10004
 def make_emoji_motion(
     root: str | Path, # folder of a run's data
     num_clips: int, # for training, a quarter as many for val and test each; 0: none

@@ -210,8 +210,7 @@ def scene_texture(
     size: int,    # pixels
 ) -> np.ndarray:  # uint8 [size,size,3]
     "Paint a scene."
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:size, :size] / size
+    rng, (y, x) = np.random.default_rng(seed), np.mgrid[:size, :size] / size
     def grain(*cells): return _noise(rng, size, *cells)
     match scene:
         case 'grass':

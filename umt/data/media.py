@@ -88,7 +88,6 @@ class VideoDataset(Dataset):
             with seeded(key('transform' + suffix)): video = self.transform(frames)
             samples.append(dict(video=video, label=label, sample_id=sample_id, key=key('mask' + suffix), failures=[]))
         return samples
-
     def __getitem__(self, position: tuple[int, int]) -> dict | list[dict]:
         epoch, index = position
         failures = []

@@ -97,14 +97,15 @@ def stage1_parts(
     teacher, student = (network.to(machine.device) for network in stage1.build_models(config))
     flops, batch, mask = stage1.flops_per_clip(config, teacher, student), machine.clips(config), config.mask
     video = normalize_video(batch['video'])
-    def look_at(): return teacher_targets(teacher, video[:, :, ::config.student.tubelet_size], mask.kind, mask.ratio, batch['key'])
-    visible = look_at().visible
+    frames = video[:, :, ::config.student.tubelet_size]
+    def run_teacher(): return teacher_targets(teacher, frames, mask.kind, mask.ratio, batch['key'])
+    visible = run_teacher().visible
     def run_student():
         with machine.autocast(): tokens = student(video, visible)
         tokens.sum().backward()
     step = optimizer_step(machine, student, stage1.alignment_loss(config, teacher), batch)
     return [Part(name, run, machine.batch_size, flops[name])
-            for name, run in dict(teacher=look_at, student=run_student, total=step).items()]
+            for name, run in dict(teacher=run_teacher, student=run_student, total=step).items()]
 
 # %% ../../nbs/experiments/07_benchmark.ipynb #fd3d4f40
 def recognition_parts(
@@ -120,7 +121,8 @@ def recognition_parts(
     batch = machine.clips(config)
     batch['label'] = batch['key'] % classes
     loss_fn = recognition.classification(config, classes)
-    with torch.device('meta'): twin, example = Recognizer(classes, **sizes), torch.empty(1, 3, clips.num_frames, *[clips.image_size] * 2)
+    with torch.device('meta'):
+        twin, example = Recognizer(classes, **sizes), torch.empty(1, 3, clips.num_frames, *[clips.image_size] * 2)
     flops = dict(forward=count_flops(lambda: twin(example)), total=count_flops(lambda: twin(example).sum().backward()))
     @torch.inference_mode()
     def forward():
@@ -193,13 +195,14 @@ def machine_for(
 ) -> Machine:
     "A device with the compute type that a preset would use on it."
     device = torch.device(device)
-    return Machine(device, COMPUTE_DTYPE[precision or ('fp32' if device.type == 'cpu' else config.device.precision)], batch_size)
+    usual = 'fp32' if device.type == 'cpu' else config.device.precision
+    return Machine(device, COMPUTE_DTYPE[precision or usual], batch_size)
 
 # %% ../../nbs/experiments/07_benchmark.ipynb #bb080f16
 def main(
     argv: Sequence[str] | None = None, # arguments; None = the command line
 ):
-    "`umt bench stage1|stage2|recognition|data [--preset NAME] [--device cpu|cuda] [--batch-size N] [--seconds S] [--precision P]`"
+    "`umt bench stage1|stage2|recognition|data [--preset NAME] [--device cpu|cuda] ...`; `--help` has the rest."
     parser = argparse.ArgumentParser(prog='umt bench')
     parser.add_argument('what', choices=BENCHMARKS)
     parser.add_argument('--preset', help='of the task; default: nano_emoji')
@@ -215,7 +218,8 @@ def main(
     config = override(presets[name], data_root=args.data_root) if args.data_root else presets[name]
     machine = machine_for(config, args.device, args.batch_size, args.precision)
     rows = measure(parts_of(config, machine), machine, args.seconds)
-    print(f'{args.what} {name} on {args.device}, {args.batch_size} samples per call, {torch.get_num_threads()} CPU threads')
+    threads = torch.get_num_threads()
+    print(f'{args.what} {name} on {args.device}, {args.batch_size} samples per call, {threads} CPU threads')
     print(f'{"part":<22}{"samples/s":>10}{"GFLOPs":>10}{"of matmul":>11}{"peak GiB":>10}')
     for r in rows:
         arithmetic = f'{r["gflops"]:>10.1f}{r["share"]:>11.1%}' if r['gflops'] else f'{"":>21}'

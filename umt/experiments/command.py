@@ -26,7 +26,8 @@ COMMANDS = {
 def overview() -> str:
     "What `umt --help` prints."
     lines = [f'  {name:<13}{what}' for name, (_, what) in COMMANDS.items()]
-    return '\n'.join(['usage: umt COMMAND [options]', '', *lines, '', 'umt COMMAND --help lists the options of a command'])
+    last = 'umt COMMAND --help lists the options of a command'
+    return '\n'.join(['usage: umt COMMAND [options]', '', *lines, '', last])
 
 # %% ../../nbs/experiments/08_command.ipynb #c0d30007
 def main(
@@ -35,7 +36,8 @@ def main(
     "`umt COMMAND [options]`"
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or ['--help']
     if name in ('-h', '--help'): return print(overview())
-    if name not in COMMANDS: raise UsageError(f'umt: error: no command {name!r}{did_you_mean(name, list(COMMANDS))}; see umt --help')
+    if name not in COMMANDS:
+        raise UsageError(f'umt: error: no command {name!r}{did_you_mean(name, list(COMMANDS))}; see umt --help')
     module = COMMANDS[name][0]
     if not {'-h', '--help'} & set(rest): return importlib.import_module(module).main(rest)
     with stubbed_libraries(): importlib.import_module(module).main(rest)

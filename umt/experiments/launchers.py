@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, get_type_hints
+from fastcore.basics import patch
 
 # %% ../../nbs/experiments/03_launchers.ipynb #f5bfe8df
 from ..core.config import coerce, did_you_mean
@@ -100,16 +101,18 @@ class Local:
                 else: states[job] = f'waiting: {holder(job.home/".job")} has it'
         return dict.fromkeys(self.waiting, 'waiting') | states | {job: 'running' for job, _ in self.running.values()}
 
-    def stop(self,
-        patience: float = 60., # seconds that a job has to save its state
-    ):
-        "Ask the running jobs to save and stop, and wait for them; `torchrun` hands the request on."
-        self.waiting.clear()
-        for _, process in self.running.values(): process.terminate()
-        for _, process in self.running.values():
-            try: process.wait(patience)
-            except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL)
-        self.running.clear()
+# %% ../../nbs/experiments/03_launchers.ipynb #b7576341
+@patch
+def stop(self: Local,
+    patience: float = 60., # seconds that a job has to save its state
+):
+    "Ask the running jobs to save and stop, and wait for them; `torchrun` hands the request on."
+    self.waiting.clear()
+    for _, process in self.running.values(): process.terminate()
+    for _, process in self.running.values():
+        try: process.wait(patience)
+        except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL)
+    self.running.clear()
 
 # %% ../../nbs/experiments/03_launchers.ipynb #bd1a16d7
 def last_lines(

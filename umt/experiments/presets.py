@@ -32,7 +32,8 @@ _SMALL_TASK = override(
     recognition.PRESETS['nano_emoji'], num_frames=8, train_clips=4000, drop_path=.1, epochs=20, warmup_epochs=2,
     batch_size=64, lr=.004, min_lr=4e-5, precision='bf16', num_workers=12)
 _K400 = override(
-    recognition.PRESETS['b16_k710'], train_list='k400_train.csv', val_list='k400_val.csv', num_classes=400, classes=None,
+    recognition.PRESETS['b16_k710'], train_list='k400_train.csv', val_list='k400_val.csv', num_classes=400,
+    classes=None,
     micro_batch_size=8) # clips: both stages fit 32 processes
 _SSV2 = override(recognition.PRESETS['b16_ssv2'], micro_batch_size=8)
 

@@ -255,7 +255,7 @@ def plan(
                 parts = []
                 for config in chain.configs:
                     if option_of(config, 'seed') is not None: config = override(config, seed=seed)
-                    parts.append(_prepare(out, config, parts[-1] if parts else None)) # an evaluation has no seed of its own
+                    parts.append(_prepare(out, config, parts[-1] if parts else None))
                 folders[row, task, seed] = tuple(parts)
                 names, members = jobs.setdefault(parts[0], ([], {}))
                 names.append(f'{row}, seed {seed}')

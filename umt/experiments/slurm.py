@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
+from fastcore.basics import patch
 
 # %% ../../nbs/experiments/02_slurm.ipynb #2d7f24bd
 from ..core.config import did_you_mean
@@ -286,7 +287,7 @@ class Slurm:
         if found: logger.info('%d jobs are in the queue already', len(found))
         if new: self.jobs |= submit_array(new, self.options)
 
-    def look(self):
+    def refresh(self):
         "Ask for the queue, but not too often. A job that is twice not in an answer has ended."
         if time.time() - self.looked <= self.seconds: return
         self.looked = time.time()
@@ -299,18 +300,22 @@ class Slurm:
         self.silent = 0
         for job, name in self.jobs.items(): self.absent[job] = 0 if name in self.here else self.absent.get(job, 0) + 1
 
-    def poll(self) -> dict[Job, str]: # of the jobs not finished, see `state_of`
-        "Look at the queue. What another notebook's job has left over is submitted."
-        self.look()
-        ended = [job for job in self.jobs if not job.remaining or self.absent.get(job, 0) > 1]
-        for job in ended: self.jobs.pop(job), self.absent.pop(job, None)
-        left = [job for job in ended if job in self.found and job.remaining]
-        self.found -= set(ended)
-        self.submit([job for job in left if not any((f/'failed.json').exists() for f in job.remaining)])
-        return {job: state_of(name, self.here) for job, name in self.jobs.items()}
+# %% ../../nbs/experiments/02_slurm.ipynb #5974f5e7
+@patch
+def poll(self: Slurm) -> dict[Job, str]: # of the jobs not finished, see `state_of`
+    "Look at the queue. What another notebook's job has left over is submitted."
+    self.refresh()
+    ended = [job for job in self.jobs if not job.remaining or self.absent.get(job, 0) > 1]
+    for job in ended: self.jobs.pop(job), self.absent.pop(job, None)
+    left = [job for job in ended if job in self.found and job.remaining]
+    self.found -= set(ended)
+    self.submit([job for job in left if not any((f/'failed.json').exists() for f in job.remaining)])
+    return {job: state_of(name, self.here) for job, name in self.jobs.items()}
 
-    def stop(self):
-        "Leave the jobs in the queue, and say so."
-        if not self.jobs: return
-        names = ', '.join(self.jobs.values())
-        logger.warning('still in the queue: %s. Execute again to find them; slurm.cancel takes them out', names)
+# %% ../../nbs/experiments/02_slurm.ipynb #21a9614a
+@patch
+def stop(self: Slurm):
+    "Leave the jobs in the queue, and say so."
+    if not self.jobs: return
+    names = ', '.join(self.jobs.values())
+    logger.warning('still in the queue: %s. Execute again to find them; slurm.cancel takes them out', names)

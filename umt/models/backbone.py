@@ -23,6 +23,7 @@ from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from fastcore.basics import patch
 
 # %% ../../nbs/models/02_backbone.ipynb #fd4e2de0
 def sinusoid_table(
@@ -260,40 +261,46 @@ class VideoTransformer(nn.Module):
 
     def num_tokens(self, video): return count_tokens(video, self.config, self.grid)
 
-    def forward_intermediates(self,
-        video: torch.Tensor, # [B, 3, T, H, W]; T = num_frames, or tubelet_size: an image
-        layers: int | Sequence[int] = 1, # how many of the last blocks, or which (0 is the first), to return
-        index: torch.Tensor | None = None, # int64 [B, n], the tokens to compute; None = all
-    ) -> torch.Tensor: # [layers, B, n, embed_dim], shallow to deep
-        "Outputs of several blocks behind the final norm"
-        depth, tokens = len(self.blocks), self.num_tokens(video)
-        wanted = set(range(depth - layers, depth) if isinstance(layers, int) else layers)
-        if not wanted <= set(range(depth)): raise ValueError(f'{layers=}, but there are {depth} blocks')
-        x = self.patch_embed(video, index)
-        x = x + (self.positions[:tokens] if index is None else F.embedding(index, self.positions)).to(x.dtype)
-        attn_mask = None
-        if self.config['attention'] == 'spatial':
-            token = torch.arange(tokens, device=video.device)[None] if index is None else index
-            attn_mask = same_frame(token, prod(self.grid[1:]))
-        outputs = []
-        for i, block in enumerate(self.blocks[:max(wanted) + 1]):
-            recompute = self.training and i < self.config['checkpoint_blocks']
-            x = checkpoint(block, x, attn_mask, use_reentrant=False) if recompute else block(x, attn_mask)
-            if i in wanted: outputs.append(x)
-        return self.norm(torch.stack(outputs))
+# %% ../../nbs/models/02_backbone.ipynb #c2ad9b4a
+@patch
+def forward_intermediates(self: VideoTransformer,
+    video: torch.Tensor, # [B, 3, T, H, W]; T = num_frames, or tubelet_size: an image
+    layers: int | Sequence[int] = 1, # how many of the last blocks, or which (0 is the first), to return
+    index: torch.Tensor | None = None, # int64 [B, n], the tokens to compute; None = all
+) -> torch.Tensor: # [layers, B, n, embed_dim], shallow to deep
+    "Outputs of several blocks behind the final norm"
+    depth, tokens = len(self.blocks), self.num_tokens(video)
+    wanted = set(range(depth - layers, depth) if isinstance(layers, int) else layers)
+    if not wanted <= set(range(depth)): raise ValueError(f'{layers=}, but there are {depth} blocks')
+    x = self.patch_embed(video, index)
+    x = x + (self.positions[:tokens] if index is None else F.embedding(index, self.positions)).to(x.dtype)
+    attn_mask = None
+    if self.config['attention'] == 'spatial':
+        token = torch.arange(tokens, device=video.device)[None] if index is None else index
+        attn_mask = same_frame(token, prod(self.grid[1:]))
+    outputs = []
+    for i, block in enumerate(self.blocks[:max(wanted) + 1]):
+        recompute = self.training and i < self.config['checkpoint_blocks']
+        x = checkpoint(block, x, attn_mask, use_reentrant=False) if recompute else block(x, attn_mask)
+        if i in wanted: outputs.append(x)
+    return self.norm(torch.stack(outputs))
 
-    def forward_features(self,
-        video: torch.Tensor, # [B, 3, T, H, W]; T = num_frames, or tubelet_size: an image
-        index: torch.Tensor | None = None, # int64 [B, n], the tokens to compute; None = all
-    ) -> torch.Tensor: # [B, n, embed_dim]
-        "Tokens behind the last block and the final norm"
-        return self.forward_intermediates(video, 1, index)[0]
+# %% ../../nbs/models/02_backbone.ipynb #5257c206
+@patch
+def forward_features(self: VideoTransformer,
+    video: torch.Tensor, # [B, 3, T, H, W]; T = num_frames, or tubelet_size: an image
+    index: torch.Tensor | None = None, # int64 [B, n], the tokens to compute; None = all
+) -> torch.Tensor: # [B, n, embed_dim]
+    "Tokens behind the last block and the final norm"
+    return self.forward_intermediates(video, 1, index)[0]
 
-    def forward(self,
-        video: torch.Tensor, # [B, 3, T, H, W]; T = num_frames, or tubelet_size: an image
-        index: torch.Tensor | None = None, # int64 [B, n], the tokens to compute; None = all
-    ) -> torch.Tensor: # [B, n, embed_dim]
-        return self.forward_features(video, index)
+# %% ../../nbs/models/02_backbone.ipynb #f868eb94
+@patch
+def forward(self: VideoTransformer,
+    video: torch.Tensor, # [B, 3, T, H, W]; T = num_frames, or tubelet_size: an image
+    index: torch.Tensor | None = None, # int64 [B, n], the tokens to compute; None = all
+) -> torch.Tensor: # [B, n, embed_dim]
+    return self.forward_features(video, index)
 
 # %% ../../nbs/models/02_backbone.ipynb #6a0be3d2
 POSITIONS = ('resize', 'extend', 'fresh')

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
+from fastcore.basics import patch
 
 # %% ../../nbs/models/03_teachers.ipynb #ff8f5744
 from ..core.config import Config, FilePath, option
@@ -254,33 +255,37 @@ class Teacher(nn.Module):
         if self.input_statistics == 'clip': x = x * self.scale + self.shift
         return x.to(self.dtype)
 
-    @torch.no_grad()
-    def forward(
-        self,
-        video: Tensor, # [B, 3, T, H, W], ImageNet-normalised
-        draw: Callable[[Tensor], Visible] | None = None, # the mask, from the attention [B * T, N]; None = no mask
-        only: EvenVisible | None = None, # the network reads nothing but these patches
-    ) -> TeacherOutput: # tokens [K, B, n, C], visible, attention
-        "Class attention of every frame, and the last K layers' tokens at the visible places"
-        steps, patches = video.shape[2] // self.tubelet_size, None
-        if only is not None: patches = only.index.reshape(len(video) * steps, -1) % self.grid**2
-        with no_autocast(video.device):
-            tokens, visible, attention = aligned_tokens(
-                self.visual, self.prepare(video), steps, self.aligned_layers, draw, self.layer_interval, patches)
-        if self.unit_tokens: tokens = F.normalize(tokens, dim=-1)
-        return TeacherOutput(tokens, visible if only is None else only, attention)
+# %% ../../nbs/models/03_teachers.ipynb #a7fdb691
+@patch
+@torch.no_grad()
+def forward(
+    self: Teacher,
+    video: Tensor, # [B, 3, T, H, W], ImageNet-normalised
+    draw: Callable[[Tensor], Visible] | None = None, # the mask, from the attention [B * T, N]; None = no mask
+    only: EvenVisible | None = None, # the network reads nothing but these patches
+) -> TeacherOutput: # tokens [K, B, n, C], visible, attention
+    "Class attention of every frame, and the last K layers' tokens at the visible places"
+    steps, patches = video.shape[2] // self.tubelet_size, None
+    if only is not None: patches = only.index.reshape(len(video) * steps, -1) % self.grid**2
+    with no_autocast(video.device):
+        tokens, visible, attention = aligned_tokens(
+            self.visual, self.prepare(video), steps, self.aligned_layers, draw, self.layer_interval, patches)
+    if self.unit_tokens: tokens = F.normalize(tokens, dim=-1)
+    return TeacherOutput(tokens, visible if only is None else only, attention)
 
-    @torch.no_grad()
-    def embed(
-        self,
-        video: Tensor, # [B, 3, T, H, W], ImageNet-normalised
-    ) -> Tensor: # [B, T, C] float32 unit vectors
-        "CLIP's embedding of every frame, that of its class token"
-        with no_autocast(video.device):
-            x = embed_frames(self.visual, self.prepare(video))
-            for block in self.visual.transformer.resblocks: x = block(x)
-            tokens = self.visual.ln_post(x[:, 0].float()) @ self.visual.proj
-            return F.normalize(tokens, dim=-1).unflatten(0, (len(video), -1))
+# %% ../../nbs/models/03_teachers.ipynb #b73bae44
+@patch
+@torch.no_grad()
+def embed(
+    self: Teacher,
+    video: Tensor, # [B, 3, T, H, W], ImageNet-normalised
+) -> Tensor: # [B, T, C] float32 unit vectors
+    "CLIP's embedding of every frame, that of its class token"
+    with no_autocast(video.device):
+        x = embed_frames(self.visual, self.prepare(video))
+        for block in self.visual.transformer.resblocks: x = block(x)
+        tokens = self.visual.ln_post(x[:, 0].float()) @ self.visual.proj
+        return F.normalize(tokens, dim=-1).unflatten(0, (len(video), -1))
 
 # %% ../../nbs/models/03_teachers.ipynb #c1cd6508
 def activation_for(

@@ -21,6 +21,7 @@ from transformers.models.bert.modeling_bert import BertAttention, BertEmbeddings
 from transformers.utils import logging
 
 from ..data.captions import clean_text
+from fastcore.basics import patch
 
 # %% ../../nbs/models/07_text.ipynb #extras-import
 from ..core.config import did_you_mean
@@ -185,21 +186,25 @@ class TextModel(nn.Module):
         if length > limit: raise ValueError(f'{length} tokens, but {limit} positions')
         return self._run(self.encoder.layer[:self.config['fusion_layer']], self.embeddings(input_ids), attention_mask)
 
-    def fuse(self,
-        hidden: Tensor, # [n, L, H], from `encode`
-        attention_mask: Tensor, # [n, L], 1 or True = a token
-        vision_tokens: Tensor, # [m, V, D]; n is a multiple of m, and n / m texts in a row read the same video
-    ) -> Tensor: # [n, L, H]
-        "The cross-modal decoder. Raises ValueError if the texts cannot be dealt out to the videos"
-        if len(hidden) % len(vision_tokens):
-            raise ValueError(f'{len(hidden)} texts are no multiple of {len(vision_tokens)} videos')
-        return self._run(self.encoder.layer[self.config['fusion_layer']:], hidden, attention_mask, vision_tokens)
+# %% ../../nbs/models/07_text.ipynb #3aaf3a5f
+@patch
+def fuse(self: TextModel,
+    hidden: Tensor, # [n, L, H], from `encode`
+    attention_mask: Tensor, # [n, L], 1 or True = a token
+    vision_tokens: Tensor, # [m, V, D]; n is a multiple of m, and n / m texts in a row read the same video
+) -> Tensor: # [n, L, H]
+    "The cross-modal decoder. Raises ValueError if the texts cannot be dealt out to the videos"
+    if len(hidden) % len(vision_tokens):
+        raise ValueError(f'{len(hidden)} texts are no multiple of {len(vision_tokens)} videos')
+    return self._run(self.encoder.layer[self.config['fusion_layer']:], hidden, attention_mask, vision_tokens)
 
-    def predict_words(self,
-        hidden: Tensor, # [m, H], from `fuse`, at the masked positions only
-    ) -> Tensor: # logits [m, vocab_size]
-        "The masked-word head; its output weights are the word embeddings"
-        return self.cls(hidden)
+# %% ../../nbs/models/07_text.ipynb #79edc173
+@patch
+def predict_words(self: TextModel,
+    hidden: Tensor, # [m, H], from `fuse`, at the masked positions only
+) -> Tensor: # logits [m, vocab_size]
+    "The masked-word head; its output weights are the word embeddings"
+    return self.cls(hidden)
 
 # %% ../../nbs/models/07_text.ipynb #9c5a2cd0
 @contextmanager

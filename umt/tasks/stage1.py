@@ -42,9 +42,9 @@ from ..training.session import Evaluator, TrainConfig
 class ClipsConfig(Config):
     "Clips without labels."
     root: str = free('.', was='data_root') # folder that the lists' paths are relative to
-    train_list: FilePath = 'train.csv' # in the root (or an absolute path): `path label` lines, CSV, JSON, JSONL or Parquet
+    train_list: FilePath = 'train.csv' # in the root (or absolute): `path label` lines, CSV, JSON, JSONL or Parquet
     val_list: FilePath | None = None # clips for the evaluations on the way
-    emoji_clips: int = option(0, at_least=0) # > 0, and one of EmojiMotion's lists: first generate so many training clips
+    emoji_clips: int = option(0, at_least=0) # > 0, with EmojiMotion's lists: first generate so many training clips
     num_frames: int = option(8, at_least=1) # frames per clip
     sampling: str = 'sparse' # which frames, see `umt.data.sampling`
     image_size: int = option(224, at_least=1) # crop, in pixels
@@ -80,7 +80,9 @@ B16 = Stage1Config(
 # %% ../../nbs/tasks/02_stage1.ipynb #dad287cf
 NANO_EMOJI = Stage1Config(
     run_dir='runs/nano_emoji',
-    data=ClipsConfig(root='runs/emoji_motion', train_list='action_train.csv', emoji_clips=2000, num_frames=4, image_size=112, flip=False),
+    data=ClipsConfig(
+        root='runs/emoji_motion', train_list='action_train.csv', emoji_clips=2000,
+        num_frames=4, image_size=112, flip=False),
     student=StudentConfig(size='nano', drop_path=0.),
     teacher=TeacherConfig(name='nano', weights=None, image_size=112),
     alignment=AlignmentConfig(aligned_layers=3),
@@ -95,11 +97,13 @@ PRESETS = dict(
         NANO_EMOJI, run_dir='runs/quick_emoji', emoji_clips=32, epochs=2, batch_size=8, log_every=2),
     small_emoji=override( # for one GPU
         NANO_EMOJI, run_dir='runs/small_emoji', emoji_clips=20_000, num_frames=8, student='small', drop_path=.1,
-        epochs=20, warmup_epochs=2, batch_size=128, lr=.002, min_lr=2e-5, precision='bf16', num_workers=12, log_every=100, watts=None),
+        epochs=20, warmup_epochs=2, batch_size=128, lr=.002, min_lr=2e-5, precision='bf16', num_workers=12,
+        log_every=100, watts=None),
     b16_k710=B16,
     l16_k710=override(
-        B16, run_dir='runs/l16_k710', student='large', drop_path=.2, teacher='ViT-L-14-quickgelu', teacher_image_size=196),
-    b16_k400=override(B16, run_dir='runs/b16_k400', train_list='k400_train.csv'), # inferred: the K710 recipe on another list
+        B16, run_dir='runs/l16_k710', student='large', drop_path=.2,
+        teacher='ViT-L-14-quickgelu', teacher_image_size=196),
+    b16_k400=override(B16, run_dir='runs/b16_k400', train_list='k400_train.csv'), # inferred from K710
     b16_ssv2=override( # inferred: no flip, "left" and "right" are labels
         B16, run_dir='runs/b16_ssv2', train_list='ssv2_train.csv', flip=False))
 
@@ -133,13 +137,14 @@ def build_models(
     teacher = build_teacher(config.teacher, layers, COMPUTE_DTYPE[config.device.precision])
     with seeded(config.seed):
         student = Student(
-            layers, teacher.target_dim, drop_path=wanted.drop_path, attention=wanted.attention, checkpoint_blocks=wanted.checkpoint_blocks,
-            image_size=clips.image_size, patch_size=wanted.patch_size, num_frames=clips.num_frames, tubelet_size=wanted.tubelet_size,
-            **SIZES[wanted.size])
+            layers, teacher.target_dim, drop_path=wanted.drop_path, attention=wanted.attention,
+            checkpoint_blocks=wanted.checkpoint_blocks, image_size=clips.image_size, patch_size=wanted.patch_size,
+            num_frames=clips.num_frames, tubelet_size=wanted.tubelet_size, **SIZES[wanted.size])
     if student.encoder.grid[1] != teacher.grid:
         raise ValueError(
-            f'the student has {student.encoder.grid[1]} patches per side, the teacher {teacher.grid}: image_size / patch_size must equal '
-            f'teacher.image_size / its patch size ({clips.image_size} / {wanted.patch_size}, {config.teacher.image_size} / {teacher.patch_size})')
+            f'the student has {student.encoder.grid[1]} patches per side, the teacher {teacher.grid}: '
+            f'image_size / patch_size ({clips.image_size} / {wanted.patch_size}) must equal '
+            f'teacher.image_size / its patch size ({config.teacher.image_size} / {teacher.patch_size})')
     return teacher, student
 
 # %% ../../nbs/tasks/02_stage1.ipynb #60380dab
@@ -211,7 +216,8 @@ def flops_per_clip(
     count = num_visible(config.mask.kind, frames, teacher.grid**2, config.mask.ratio)
     index = torch.empty(1, count, dtype=torch.int64, device='meta')
     visible = visible_at(index, frames * teacher.grid**2, even=config.mask.kind != 'random')
-    counts = {'teacher': count_flops(lambda: teacher(video[:, :, ::config.student.tubelet_size], lambda attention: visible)),
+    frames = video[:, :, ::config.student.tubelet_size]
+    counts = {'teacher': count_flops(lambda: teacher(frames, lambda attention: visible)),
               'student_forward': count_flops(lambda: student(video, visible)),
               'student': count_flops(lambda: student(video, visible).sum().backward())}
     return counts | {'total': counts['teacher'] + counts['student']}
@@ -225,7 +231,8 @@ class Stage1(Task):
 
     def unprepared(self, config):
         missing = emoji_motion_missing(config.data.root, config.data.emoji_clips, lists=config.data.lists)
-        return f'EmojiMotion with {config.data.emoji_clips:,} training clips would be made in {config.data.root}' if missing else None
+        made = f'EmojiMotion with {config.data.emoji_clips:,} training clips would be made in {config.data.root}'
+        return made if missing else None
 
     def data(self, config): return read_clips(config)
 
@@ -239,7 +246,8 @@ class Stage1(Task):
                      flops_per_sample=flops, evaluator=watch)
 
     def check(self, config):
-        if config.validation.every and not config.data.val_list: raise ValueError('validation.every needs data.val_list')
+        if config.validation.every and not config.data.val_list:
+            raise ValueError('validation.every needs data.val_list')
 
     def costs(self, config, data, num_clips=None):
         weightless = override(config, teacher_weights='random' if config.teacher.weights else None)
@@ -256,8 +264,8 @@ class Stage1(Task):
 def pretrain(
     config: Stage1Config, # of the run
 ) -> dict: # last metrics and efficiency ledger, see `umt.training.loop.train`
-    """Pre-train a student (paper, section 3.1); continue or return a run that is already in `run_dir`. `load_model(run_dir)` of
-    `umt.models.published` loads what it leaves. Raises as `umt.tasks.task.run`."""
+    """Pre-train a student (paper, section 3.1); continue or return a run that is already in `run_dir`.
+    `load_model(run_dir)` of `umt.models.published` loads what it leaves. Raises as `umt.tasks.task.run`."""
     return run(Stage1(), config)
 
 def dry_run(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 # %% ../../nbs/tasks/00_task.ipynb #9d3e0005
-from ..core.config import NUMERICS, Config, UsageError, config_changes, config_dict, from_cli, path_fields, program_name
+from ..core.config import NUMERICS, Config, UsageError, config_changes, from_cli, path_fields, program_name
 from ..core.files import file_hash, read_json, write_json
 from ..core.log import is_main_process, logger, setup_logging
 from ..core.runs import CheckpointError
@@ -92,7 +92,7 @@ def check_init(
     init: str, # a run directory, a published file, or one of `words`
     words: Sequence[str] = (), # that stand for something else, 'scratch'
 ):
-    "Raises FileNotFoundError with what was expected if there is nothing of that name, ValueError for a run that is not finished."
+    "Raises FileNotFoundError, with what was expected, if there is none, ValueError for a run that is not finished."
     path = Path(init)
     if init in words: return
     expected = ', '.join([*map(repr, words), 'a run directory or a published file'])
@@ -106,15 +106,16 @@ def load_start(
     kinds: tuple[type, ...], # of networks that will do
     **published, # of `load_published`: image_size, num_frames, ... for a file that does not say
 ) -> nn.Module: # as it was saved, on the CPU
-    "The network that `init` names. Raises as `check_init`, and ValueError if it is of another kind or not what its run has left."
+    "The network that `init` names. Raises as `check_init`, ValueError if it is of another kind or was changed since."
     check_init(init)
     path = Path(init)
     result = read_json(path/'result.json') if path.is_dir() and (path/'result.json').exists() else {}
     if result.get('model_sha256') not in (None, file_hash(path/'model.safetensors') if result else None):
-        raise ValueError(f'{path}/model.safetensors is not what the run has left there: its hash differs from the one in result.json')
+        raise ValueError(f'{path}/model.safetensors was changed: its hash is not the one in result.json')
     model = load_model(path) if path.is_dir() else load_published(path, **published)
     if isinstance(model, kinds): return model
-    raise ValueError(f'init {init!r} is a {type(model).__name__}, expected a {" or a ".join(kind.__name__ for kind in kinds)}')
+    expected = ' or a '.join(kind.__name__ for kind in kinds)
+    raise ValueError(f'init {init!r} is a {type(model).__name__}, expected a {expected}')
 
 # %% ../../nbs/tasks/00_task.ipynb #9d3e000d
 def content_hash(
@@ -140,8 +141,8 @@ def run(
     task: Task, # what to do
     config: Config, # with which options
 ) -> dict: # the evaluation, with the run's metrics and ledger
-    """Train and evaluate, or evaluate alone where nothing is trained. Continues a run that was stopped; a finished one returns its result. Raises what
-    the task's methods, `train`, and `cached_evaluation` raise."""
+    """Train and evaluate, or evaluate alone where nothing is trained. Continues a run that was stopped; a finished one
+    returns its result. Raises what the task's methods, `train`, and `cached_evaluation` raise."""
     task.check(config)
     task.prepare(config)
     data = task.data(config)
@@ -196,12 +197,13 @@ def _ours(error: BaseException) -> bool:
 def one_line_errors(
     prog: str, # what the program is called
 ):
-    "Within the block a user's mistake raises `UsageError` (code 2), and a run's failure SystemExit (code 1), with a line on standard error."
+    "Within the block a user's mistake raises `UsageError` with code 2, a run's failure with code 1: a line each."
     try: yield
     except (*USER_ERRORS, *RUN_ERRORS) as error:
         if os.environ.get('UMT_DEBUG') == '1' or not _ours(error): raise
         failed = isinstance(error, RUN_ERRORS)
-        raise UsageError(f'{prog}: {"failed" if failed else "error"}: {error}', code=1 if failed else 2, show=is_main_process()) from None
+        line = f'{prog}: {"failed" if failed else "error"}: {error}'
+        raise UsageError(line, code=1 if failed else 2, show=is_main_process()) from None
 
 def main(
     task: Task, # what to do
@@ -240,17 +242,18 @@ def json_hash(
 
 def cached_evaluation(
     run_dir: str | Path, # holds, or gets, evaluation.json
-    depends_on: Mapping[str, Any], # name -> what the figures depend on, as JSON: hashes, the protocol, the model's config
+    depends_on: Mapping[str, Any], # what the figures depend on, as JSON: hashes, the protocol, the model's config
     compute: Callable[[], dict | None], # the figures; collective, None except on the main process
 ) -> dict: # the figures, with `depends_on`
-    "Evaluate, or return the same evaluation if it is there; collective. ValueError, with what differs, if another one is there."
+    "Evaluate, or return the same evaluation if it is there; collective. ValueError if another one is there."
     path, accelerator = Path(run_dir)/'evaluation.json', start_accelerator()
     about = json.loads(json.dumps(dict(depends_on) | dict(numerics=NUMERICS)))
     if path.exists():
         stored = read_json(path)
         if stored.get('depends_on') == about: return stored
         changes = config_changes(stored.get('depends_on', {}), about)
-        raise ValueError(f'{path} holds another evaluation ({"; ".join(changes) or "of an older version"}); use another run_dir, or remove it')
+        differ = '; '.join(changes) or 'of an older version'
+        raise ValueError(f'{path} holds another evaluation ({differ}); use another run_dir, or remove it')
     found = compute()
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)

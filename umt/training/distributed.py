@@ -114,18 +114,22 @@ def unshared(
     tensors: dict[str, Tensor], # tied weights share memory
 ) -> dict[str, Tensor]: # the same values
     "Give every tensor memory of its own, which safetensors asks for."
-    owners = {}
-    for name, t in tensors.items(): owners.setdefault(t.untyped_storage().data_ptr(), name)
-    return {name: t.contiguous() if owners[t.untyped_storage().data_ptr()] == name else t.clone() for name, t in tensors.items()}
+    owners, found = {}, {}
+    for name, t in tensors.items():
+        first = owners.setdefault(t.untyped_storage().data_ptr(), name) == name
+        found[name] = t.contiguous() if first else t.clone()
+    return found
 
 # %% ../../nbs/training/01_distributed.ipynb #d1ae95a1
 def flat_state(
     model: nn.Module, # as `distribute` returns it
     optimizer: torch.optim.Optimizer, # of this model
-) -> dict[str, dict[str, Tensor]]: # 'model' and 'optimizer': name -> tensor in host memory; empty except on the main process
+) -> dict[str, dict[str, Tensor]]: # 'model', 'optimizer': name -> tensor on the host; empty beside the main process
     "Gather the full state of model and optimizer; collective."
-    weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    flat = {f'{name}.{kind}': value for name, state in moments.get('state', {}).items() for kind, value in state.items()}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, moments = get_state_dict(model, optimizer, options=options)
+    states = moments.get('state', {})
+    flat = {f'{name}.{kind}': value for name, state in states.items() for kind, value in state.items()}
     return {'model': unshared(weights), 'optimizer': flat}
 
 # %% ../../nbs/training/01_distributed.ipynb #2a593287
@@ -134,14 +138,15 @@ def load_flat_state(
     optimizer: torch.optim.Optimizer, # of this model
     checkpoint: Path, # readable by every process
 ):
-    "Load what `flat_state` gathered; collective; raises RuntimeError if the model's parameters have other names or shapes."
+    "Load what `flat_state` gathered; collective; RuntimeError if the model has other names or shapes."
     full = StateDictOptions(full_state_dict=True)
     state = {}
     for key, value in load_file(checkpoint / 'optimizer.safetensors').items():
         name, _, kind = key.rpartition('.')
         state.setdefault(name, {})[kind] = value
     groups = get_optimizer_state_dict(model, optimizer)['param_groups']
-    set_optimizer_state_dict(model, optimizer, {'state': state, 'param_groups': groups}, options=replace(full, strict=False))
+    moments = {'state': state, 'param_groups': groups}
+    set_optimizer_state_dict(model, optimizer, moments, options=replace(full, strict=False))
     set_model_state_dict(model, load_file(checkpoint / 'model.safetensors'), options=full)
 
 # %% ../../nbs/training/01_distributed.ipynb #c356373c

@@ -79,7 +79,8 @@ def log_step(
     since, then, waited = s.window
     s.window = (step, now, s.feed.waited)
     record = {'step': step, 'steps': s.steps, 'epoch': step / s.steps_per_epoch, **means, 'lr': s.lr(step - 1),
-              'clips_per_second': (step - since) * s.samples_per_step / (now - then), 'data_wait': (s.feed.waited - waited) / (now - then),
+              'clips_per_second': (step - since) * s.samples_per_step / (now - then),
+              'data_wait': (s.feed.waited - waited) / (now - then),
               'peak_gib': peak_memory(device), 'skipped': s.guard.skipped, 'seconds': s.seconds,
               'seconds_left': (s.steps - step) * (now - then) / (step - since)}
     if s.log: s.log.write(record, list(means))
@@ -127,7 +128,8 @@ def save_step(
     catch_up(s)
     tensors = flat_state(s.model, s.optimizer)
     if s.average: tensors['average'] = unshared(s.average.module.state_dict())
-    state = dict(step=step, skipped=s.guard.skipped, seconds=s.seconds, meter=s.meter.state_dict(), scaler=s.scaler.state_dict(), best=s.best)
+    state = dict(step=step, skipped=s.guard.skipped, seconds=s.seconds, meter=s.meter.state_dict(),
+                 scaler=s.scaler.state_dict(), best=s.best)
     if s.checkpoints: s.checkpoints.save(tensors, state)
 
 # %% ../../nbs/training/04_loop.ipynb #8dd4ef20
@@ -139,9 +141,11 @@ def ledger(
     "What the run cost."
     spent, world = time.perf_counter() - s.began, s.accelerator.num_processes
     seconds, samples = s.earlier + spent, (s.steps - s.start) * s.samples_per_step
-    watts, source = sum(s.power) / len(s.power) if s.power else None, power_draw(s.accelerator.device, s.config.device.watts)[1]
+    watts = sum(s.power) / len(s.power) if s.power else None
+    _, source = power_draw(s.accelerator.device, s.config.device.watts)
     rate = flops_per_sample * samples / spent / world if flops_per_sample else None
-    return {'seconds': seconds, 'processes': world, 'device_hours': seconds * world / 3600, 'clips_per_second': samples / spent,
+    return {'seconds': seconds, 'processes': world, 'device_hours': seconds * world / 3600,
+            'clips_per_second': samples / spent,
             'flops_per_sample': flops_per_sample, 'device_flops_per_second': rate, 'matmul_flops_per_second': peak,
             'mfu': rate / peak if rate and peak else None,
             'energy_kwh_estimate': watts * seconds * world / 3.6e6 if watts else None, 'energy_source': source}
@@ -166,15 +170,18 @@ def finish(
     peak: float | None, # FLOP/s of one device
 ) -> dict: # the run's result
     "Write the weights, then the result; collective. NonfiniteError if not a single step was good."
-    if s.guard.skipped >= s.steps: raise NonfiniteError(f'loss or gradient not finite in all {s.steps} steps: nothing was trained')
+    if s.guard.skipped >= s.steps:
+        raise NonfiniteError(f'loss or gradient not finite in all {s.steps} steps: nothing was trained')
     weights, run = final_weights(s), s.run
     if s.accelerator.is_main_process:
         with complete(run/'model.safetensors') as temporary: save_file(unshared(weights), temporary)
         result = {**record, **ledger(s, flops_per_sample, peak), 'quarantined': len(s.quarantine),
-                  'model_sha256': file_hash(run/'model.safetensors'), 'selected': s.best or dict(step=s.steps, split=None)}
+                  'model_sha256': file_hash(run/'model.safetensors'),
+                  'selected': s.best or dict(step=s.steps, split=None)}
         write_json(run/'result.json', result)
-        known = {k: v for k, v in result.items() if k in ('device_hours', 'mfu', 'energy_kwh_estimate') and v is not None}
-        logger.info('done: ' + ', '.join(f'{k} {v:.3g}' for k, v in known.items()) + f' (energy: {result["energy_source"]})')
+        shown = ('device_hours', 'mfu', 'energy_kwh_estimate')
+        figures = ', '.join(f'{name} {result[name]:.3g}' for name in shown if result[name] is not None)
+        logger.info(f'done: {figures} (energy: {result["energy_source"]})')
     s.accelerator.wait_for_everyone()
     return read_json(run/'result.json')
 
@@ -220,12 +227,12 @@ def train(
     config: TrainConfig, # what to do
     model: nn.Module, # trained in place (with `sharding='fsdp'` on several processes it comes back sharded)
     dataset: Dataset, # map-style: `dataset[(epoch, index)]` is a dict with `sample_id`, see `umt.data.media`
-    loss_fn: Callable[[nn.Module, dict], tuple[Tensor, dict[str, Tensor]]], # (model, batch on the device) -> (mean loss, metrics)
+    loss_fn: Callable[[nn.Module, dict], tuple[Tensor, dict[str, Tensor]]], # (model, batch) -> (mean loss, metrics)
     *,
     frozen: tuple[nn.Module, ...] = (), # networks beside the model (a teacher): moved to the device, never wrapped
     param_groups: list[dict] | None = None, # with optional `lr_scale` and `weight_decay`; None: `weight_decay_groups`
     flops_per_sample: float | None = None, # forward and backward of everything `loss_fn` does, for the ledger
-    make_sampler: Callable[..., Sampler] | None = None, # (batch_size, seed, rank, world, accumulate, start_step=, epochs=); None: `StepSampler`
+    make_sampler: Callable[..., Sampler] | None = None, # the order of the samples, as `StepSampler`, which None means
     collate_fn: Callable[[list], dict] = collate, # samples -> batch
     evaluator: Evaluator | None = None, # for `validation.every`
     inputs: dict[str, str] | None = None, # name -> hash of what the run reads besides its config; a change is refused
@@ -235,7 +242,8 @@ def train(
     and ValueError if the config does not fit the run directory, the data set or the processes."""
     run, device_config = Path(config.run_dir), config.device
     with lock_run(run) if is_main_process() else nullcontext():
-        if result := open_run(run, config_dict(config, all_fields=False), config_dict(config), inputs, partial(stored_config, config)):
+        fields, upgrade = config_dict(config, all_fields=False), partial(stored_config, config)
+        if result := open_run(run, fields, config_dict(config), inputs, upgrade):
             logger.info(f'{run}: finished before, at step {result["step"]}; nothing to do')
             model.load_state_dict(load_file(run/'model.safetensors'))
             return result
@@ -246,7 +254,8 @@ def train(
         peak = matmul_rate(device, dtype) if flops_per_sample else None
         groups = weight_decay_groups(model, config.optimizer.weight_decay) if param_groups is None else param_groups
         compile_blocks(model, device_config.compile)
-        with stop_signals() as stop, torch.random.fork_rng([device] if device.type == 'cuda' else []), ExitStack() as closing:
+        devices = [device] if device.type == 'cuda' else []
+        with stop_signals() as stop, torch.random.fork_rng(devices), ExitStack() as closing:
             s = open_session(config, model, dataset, loss_fn, groups, accelerator, make_sampler, collate_fn, evaluator)
             closing.callback(s.feed.close) # ends the loader's workers, whatever happens
             if s.log: closing.callback(s.log.close)

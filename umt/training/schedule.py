@@ -45,7 +45,8 @@ def learning_rate(
     start, peak, end = (rate * samples_per_step / 256 for rate in (config.warmup_lr, config.lr, config.min_lr))
     warmup, total = config.warmup_steps or round(config.warmup_epochs * steps_per_epoch), epochs * steps_per_epoch
     floor = config.min_lr_as == 'floor'
-    if step < warmup: return max(end, peak * step / warmup) if floor else start + (peak - start) * step / max(warmup - 1, 1)
+    if step < warmup and floor: return max(end, peak * step / warmup)
+    if step < warmup: return start + (peak - start) * step / max(warmup - 1, 1)
     cosine = .5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
     return max(end, peak * cosine) if floor else end + (peak - end) * cosine
 
@@ -63,9 +64,9 @@ def weight_decay_at(
 def weight_decay_groups(
     model: nn.Module, # before it is distributed
     weight_decay: float, # for matrices
-    decayed: Collection[str] = (), # parameters that have it whatever their shape; in Stage 2 the reference's `temperature`
+    decayed: Collection[str] = (), # parameters that have it whatever their shape (the reference's temperature)
 ) -> list[dict]: # optimizer parameter groups
-    "Weight decay for matrices only: not for 1-D parameters, biases, `pos_embed` and `cls_token` (with or without a prefix)."
+    "Weight decay for matrices only: not for 1-D parameters, biases, `pos_embed` and `cls_token`, wherever they are."
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     exempt = [name for name in parameters if name.split('.')[-1] in ('pos_embed', 'cls_token')]
     without, having = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)

@@ -40,9 +40,9 @@ class LoopConfig(Config):
     epochs: int = option(1, at_least=1) # passes over the data
     batch_size: int = option(256, at_least=1) # samples per optimizer step, over all processes
     micro_batch_size: int | None = free(None, at_least=1) # samples per process and forward; None: no accumulation
-    num_sample: int = option(1, at_least=1) # times that each is augmented and trained on in a step (repeated augmentation)
+    num_sample: int = option(1, at_least=1) # augmentations of each in a step (repeated augmentation)
     clip_grad: float | None = option(None, above=0) # largest gradient norm
-    ema_decay: float | None = option(None, at_least=0, below=1) # per step, of an average of the weights that is the result
+    ema_decay: float | None = option(None, at_least=0, below=1) # of an average of the weights, which is the result
     log_every: int = free(10, at_least=1) # optimizer steps
     checkpoint_every: int = free(200, at_least=1) # optimizer steps
     keep_checkpoints: int = free(2, at_least=1) # the newest ones
@@ -58,7 +58,7 @@ class ValidationConfig(Config):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
     "What every training run has; tasks add what is their own."
-    run_dir: str = free('runs/run') # everything that the run writes; on several nodes a file system that all of them see
+    run_dir: str = free('runs/run') # everything that the run writes; on several nodes a place that all of them see
     seed: int = 0 # of order, frames, crops, masks and drop path
     loop: LoopConfig = LoopConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -70,8 +70,10 @@ class TrainConfig(Config):
         if self.optimizer.warmup_epochs > self.loop.epochs:
             raise ValueError(f'warmup_epochs {self.optimizer.warmup_epochs:g} > epochs {self.loop.epochs}')
         sharded = self.device.sharding != 'ddp'
-        if sharded and self.loop.ema_decay is not None: raise ValueError("ema_decay needs sharding='ddp': the average is kept whole")
-        if sharded and self.validation.every: raise ValueError("validation.every needs sharding='ddp': it calls the model in one process")
+        if sharded and self.loop.ema_decay is not None:
+            raise ValueError("ema_decay needs sharding='ddp': the average is kept whole")
+        if sharded and self.validation.every:
+            raise ValueError("validation.every needs sharding='ddp': processes need not keep in step in an evaluation")
         if self.validation.select == 'best' and not self.validation.every:
             raise ValueError("validation.select='best' needs validation.every, in epochs")
 
@@ -123,7 +125,8 @@ class Session:
 
     def lr(self, step: int) -> float:
         "Learning rate of a step."
-        return learning_rate(step, self.config.optimizer, self.steps_per_epoch, self.config.loop.epochs, self.samples_per_step)
+        epochs = self.config.loop.epochs
+        return learning_rate(step, self.config.optimizer, self.steps_per_epoch, epochs, self.samples_per_step)
 
 # %% ../../nbs/training/03_session.ipynb #c93a5b84
 def restore(
@@ -154,12 +157,15 @@ def make_loader(
     collate_fn: Callable, # of `train`
 ) -> DataLoader: # all micro-batches of this process, from `start` to the end of the run
     "Raises ValueError if the batch does not divide or is larger than the data set."
-    rank, world, loader = accelerator.process_index, accelerator.num_processes, config.loader
-    _, accumulate = split_batch(config.loop.batch_size, config.loop.micro_batch_size, world)
+    rank, world, loader, loop = accelerator.process_index, accelerator.num_processes, config.loader, config.loop
+    _, accumulate = split_batch(loop.batch_size, loop.micro_batch_size, world)
     make_sampler = make_sampler or partial(StepSampler, len(dataset))
-    sampler = make_sampler(config.loop.batch_size, config.seed, rank, world, accumulate, start_step=start, epochs=config.loop.epochs)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=loader.num_workers, worker_init_fn=worker_init,
-                      timeout=loader.timeout if loader.num_workers else 0, pin_memory=accelerator.device.type == 'cuda')
+    place = dict(start_step=start, epochs=loop.epochs)
+    sampler = make_sampler(loop.batch_size, config.seed, rank, world, accumulate, **place)
+    return DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=loader.num_workers,
+        worker_init_fn=worker_init, timeout=loader.timeout if loader.num_workers else 0,
+        pin_memory=accelerator.device.type == 'cuda')
 
 # %% ../../nbs/training/03_session.ipynb #6de2e6d7
 def open_session(
@@ -175,14 +181,15 @@ def open_session(
 ) -> Session: # ready for its first step
     "Put the parts together; ValueError if the batch does not divide or is larger than the data set."
     run, main, adam = Path(config.run_dir), accelerator.is_main_process, config.optimizer
-    wrapped, optimizer = distribute(accelerator, model, groups, config.device, lr=adam.lr, betas=adam.betas, eps=adam.eps)
+    rates = dict(lr=adam.lr, betas=adam.betas, eps=adam.eps)
+    wrapped, optimizer = distribute(accelerator, model, groups, config.device, **rates)
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.device.precision == 'fp16')
     average = None if config.loop.ema_decay is None else ModelEmaV3(model, config.loop.ema_decay)
     state = restore(accelerator, wrapped, optimizer, scaler, average, run)
     start = state['step']
     loader = make_loader(config, dataset, accelerator, start, make_sampler, collate_fn)
     sampler = loader.batch_sampler
-    if main and not start: (run/'quarantine.jsonl').unlink(missing_ok=True) # of an earlier attempt: its clips will be met again
+    if main and not start: (run/'quarantine.jsonl').unlink(missing_ok=True) # of an earlier attempt: all are met again
     quarantine = Quarantine(run/'quarantine.jsonl' if main else None, len(dataset), config.loader.bad_clip_limit)
     quarantine.clips = gather_object([quarantine.clips])[0]
     if main: record_start(run, start, accelerator, NUMERICS)
@@ -191,5 +198,6 @@ def open_session(
         meter=Meter(**state['meter']) if main else Meter(), guard=Guard(config.loop.max_nonfinite, state['skipped']),
         quarantine=quarantine, evaluator=evaluator, log=MetricsLog(run, start, sampler.total_steps) if main else None,
         checkpoints=CheckpointWriter(run/'checkpoints', config.loop.keep_checkpoints) if main else None,
-        average=average, accumulate=sampler.accumulate, steps_per_epoch=sampler.steps_per_epoch, steps=sampler.total_steps,
-        start=start, earlier=state['seconds'], best=state.get('best'), window=(start, time.perf_counter(), 0.))
+        average=average, accumulate=sampler.accumulate, steps_per_epoch=sampler.steps_per_epoch,
+        steps=sampler.total_steps, start=start, earlier=state['seconds'], best=state.get('best'),
+        window=(start, time.perf_counter(), 0.))

@@ -139,8 +139,10 @@ class Guard:
             self.bad = [*self.bad, (step, sample_ids)] if bad else []
             if len(self.bad) >= self.limit:
                 ids = gather_object([(s, torch.cat(i).tolist()) for s, i in self.bad])
-                listed = '; '.join(f'step {s}: {sorted(i for t, part in ids if t == s for i in part)}' for s, _ in self.bad)
-                raise NonfiniteError(f'loss or gradient not finite in {len(self.bad)} steps in a row; sample ids: {listed}')
+                steps = {s: sorted(i for t, part in ids if t == s for i in part) for s, _ in self.bad}
+                listed = '; '.join(f'step {s}: {found}' for s, found in steps.items())
+                failed = f'loss or gradient not finite in {len(self.bad)} steps in a row'
+                raise NonfiniteError(f'{failed}; sample ids: {listed}')
 
 # %% ../../nbs/training/02_step.ipynb #c47e231f
 class Meter:
@@ -170,4 +172,5 @@ class Meter:
         "Read the means and start again; collective."
         *sums, count = self.state_dict()['sums']
         self.sums = torch.zeros_like(self.sums)
-        return {name: total / count if count and math.isfinite(total) else None for name, total in zip(self.names, sums)}
+        known = {name: count and math.isfinite(total) for name, total in zip(self.names, sums)}
+        return {name: total / count if known[name] else None for name, total in zip(self.names, sums)}
