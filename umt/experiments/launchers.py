@@ -242,6 +242,7 @@ def check_launcher(
         slurm_options(**{option: value for option, value in checked.items() if option in of_sbatch})
     return checked
 
+# %% ../../nbs/experiments/03_launchers.ipynb #5bb43573
 def make_launcher(
     name: str, # one of LAUNCHERS
     **options, # of that class
