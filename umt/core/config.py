@@ -28,6 +28,7 @@ def option(
     *,
     free: bool = False, # may it change when a run is continued?
     was: str | None = None, # old flat name; None: the field's own
+    words: Sequence[str] = (), # values of a `FilePath` that name no file: 'scratch'
     at_least: float | None = None, # smallest value
     at_most: float | None = None, # largest value
     above: float | None = None, # values are larger than this
@@ -35,7 +36,7 @@ def option(
 ) -> Any: # a dataclass field
     "Declare a field of a `Config`."
     bounds = dict(at_least=at_least, at_most=at_most, above=above, below=below)
-    about = {'free': free, 'was': was, 'bounds': {k: v for k, v in bounds.items() if v is not None}}
+    about = {'free': free, 'was': was, 'words': tuple(words), 'bounds': {k: v for k, v in bounds.items() if v is not None}}
     return field(default=default, metadata=about)
 
 def free(
@@ -148,9 +149,12 @@ class Leaf(NamedTuple):
     hint: Any # declared type
     free: bool # may change when a run is continued
     flat: str # old flat name
+    words: tuple[str, ...] # values of a path that name no file
 
     @property
-    def is_path(self) -> bool: return any(a is FilePath for a in (self.hint, *get_args(self.hint)))
+    def is_path(self) -> bool: # does it name a file or a folder?
+        declared = any(a is FilePath for a in (self.hint, *get_args(self.hint)))
+        return declared and bool(self.value) and self.value not in self.words
 
 def leaves(
     config: Config, # any
@@ -160,13 +164,15 @@ def leaves(
     for f in fields(config):
         hint, value, name = _hints(type(config))[f.name], getattr(config, f.name), f'{prefix}{f.name}'
         if is_section(hint): yield from leaves(value, f'{name}.')
-        else: yield Leaf(name, value, hint, f.metadata.get('free', False), f.metadata.get('was') or f.name)
+        else:
+            about = f.metadata
+            yield Leaf(name, value, hint, about.get('free', False), about.get('was') or f.name, about.get('words', ()))
 
 def path_fields(
     config: Config, # any
 ) -> dict[str, str]: # dotted name -> value, where there is one
     "The options whose declared type says that they name a file or a folder."
-    return {leaf.name: leaf.value for leaf in leaves(config) if leaf.is_path and leaf.value}
+    return {leaf.name: leaf.value for leaf in leaves(config) if leaf.is_path}
 
 # %% ../../nbs/core/01_config.ipynb #56a0c0fd
 def resolve_name(

@@ -71,7 +71,8 @@ def named_files(
     root = option_of(config, 'data_root', '.')
     names = path_fields(config)
     if hasattr(config, 'files'): names |= {f'files.{file}': file for file in config.files()}
-    found = {field: NANO if name == 'nano' else find_file(name, root) for field, name in names.items()}
+    found = {field: find_file(name, root) for field, name in names.items()}
+    found |= {leaf.name: NANO for leaf in leaves(config) if leaf.value == 'nano' and 'nano' in leaf.words}
     return {field: file for field, file in found.items() if file}
 
 # %% ../../nbs/experiments/04_runs.ipynb #b87e3b4b

@@ -382,8 +382,8 @@ def load_teacher(
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(Config):
     "The frozen network that gives targets and attention."
-    name: FilePath = option('ViT-B-16-quickgelu', was='teacher') # 'nano' (shipped), an open_clip model, or a file
-    weights: FilePath | None = option('openai', was='teacher_weights') # for an open_clip model: its tag or a local file
+    name: FilePath = option('ViT-B-16-quickgelu', was='teacher', words=['nano']) # 'nano', an open_clip model, or a file
+    weights: FilePath | None = option('openai', was='teacher_weights', words=['openai', 'random']) # its tag or a file
     image_size: int = option(224, was='teacher_image_size', at_least=1) # such that the teacher's grid is the student's
     input_statistics: Literal['imagenet', 'clip'] = 'imagenet' # of the input: as published, or as CLIP was trained
     num_heads: int | None = option(None, was='teacher_heads', at_least=1) # for a file of an unpublished width

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # %% ../../nbs/tasks/07_continuing.ipynb #71c0aa12
-from ..core.config import Config, FilePath, read_config
+from ..core.config import Config, FilePath, option, read_config
 from ..core.files import read_json
 from ..models.text import Tokenizer
 from .task import json_hash
@@ -19,7 +19,7 @@ from .task import json_hash
 @dataclass(frozen=True, kw_only=True)
 class StartConfig(Config):
     "Where the weights come from."
-    init: FilePath = 'runs/b16_25m' # run directory or published file; Stage 2 also takes 'scratch'
+    init: FilePath = option('runs/b16_25m', words=['scratch']) # run directory, published file, or 'scratch'
 
 def saved_config(
     init: str, # a run directory, or anything else

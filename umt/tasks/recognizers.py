@@ -40,10 +40,10 @@ class SavedStartConfig(Config):
 @dataclass(frozen=True, kw_only=True)
 class StartConfig(SavedStartConfig):
     "Where training begins."
-    init: FilePath = 'scratch' # scratch | teacher | run directory of a student or recogniser | published file
+    init: FilePath = option('scratch', words=['scratch', 'teacher']) # a run directory, a published file, or a word
     head: Literal['fresh', 'carry'] | None = None # where `init` has a classifier: a new one, or its rows by class name
-    teacher: FilePath = 'nano' # for init=teacher: 'nano' (shipped), an open_clip model, or a weights file
-    teacher_weights: FilePath | None = None # for an open_clip model: its tag ('openai') or a local file
+    teacher: FilePath = option('nano', words=['nano']) # for init=teacher: an open_clip model, a file, or 'nano'
+    teacher_weights: FilePath | None = option(None, words=['openai']) # of an open_clip model: its tag or a file
     teacher_heads: int | None = option(None, at_least=1) # for a file whose width is not a published CLIP's
     teacher_activation: Literal['quick_gelu', 'gelu'] | None = None # for a file: what it was trained with
 

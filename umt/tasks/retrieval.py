@@ -52,7 +52,7 @@ class GalleryConfig(Config):
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(Config):
     "How texts are read: as in training."
-    tokenizer: FilePath = 'minilm' # see `umt.models.text.Tokenizer`
+    tokenizer: FilePath = option('minilm', words=['minilm']) # see `umt.models.text.Tokenizer`
     sep: bool = False # end texts with [SEP]; the published models do not know it
     max_length: int = option(32, at_least=2) # tokens of a text, [CLS] included
 

@@ -59,7 +59,7 @@ class PairsConfig(Config):
 @dataclass(frozen=True, kw_only=True)
 class TextConfig(Config):
     "The BERT that is cut into a text encoder and a cross-modal decoder."
-    name: FilePath = option('bert-base-uncased', was='text') # 'minilm' (embedded), a folder, or a name on the hub
+    name: FilePath = option('bert-base-uncased', was='text', words=['minilm']) # or a folder, or a name on the hub
     sep: bool = False # end sentences with [SEP]; the reference does not
     fusion_layer: int | None = option(None, at_least=1) # first layer of the decoder; None: as published
     checkpoint_layers: bool = free(True) # recompute the layers' activations
