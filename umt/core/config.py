@@ -36,7 +36,8 @@ def option(
 ) -> Any: # a dataclass field
     "Declare a field of a `Config`."
     bounds = dict(at_least=at_least, at_most=at_most, above=above, below=below)
-    about = {'free': free, 'was': was, 'words': tuple(words), 'bounds': {k: v for k, v in bounds.items() if v is not None}}
+    bounds = {kind: bound for kind, bound in bounds.items() if bound is not None}
+    about = {'free': free, 'was': was, 'words': tuple(words), 'bounds': bounds}
     return field(default=default, metadata=about)
 
 def free(
