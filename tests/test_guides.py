@@ -67,17 +67,16 @@ def task_command(command: str) -> tuple[str, list[str]] | None:
     match = re.match(direct, command) or re.match(by_module, command)
     if not match:
         return None
-    words = shlex.split(match[2])
-    if words[:1] == ['evaluate']:
-        words = [*words[1:], '--mode', 'evaluate']
-    return match[1], words
+    return match[1], shlex.split(match[2])
 
 
 def test_quoted_commands_are_accepted():
     quoted = [found for command in commands(everything) if (found := task_command(command))]
     assert {task for task, _ in quoted} == set(TASKS)
     for task, words in quoted:
-        config, _ = from_cli(TASKS[task].PRESETS, words) # ends with code 2 if it does not like one
+        evaluation = words[:1] == ['evaluate'] # of a recogniser
+        presets = recognition.EVALUATIONS if evaluation else TASKS[task].PRESETS
+        config, _ = from_cli(presets, words[evaluation:]) # ends with code 2 if it does not like one
         if task == 'stage2':
             assert find_corpora(config.corpora)
 
