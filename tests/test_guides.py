@@ -78,7 +78,7 @@ def test_quoted_commands_are_accepted():
         presets = recognition.EVALUATIONS if evaluation else TASKS[task].PRESETS
         config, _ = from_cli(presets, words[evaluation:]) # ends with code 2 if it does not like one
         if task == 'stage2':
-            assert find_corpora(config.corpora)
+            assert find_corpora(config.data.corpora)
 
 
 def test_every_quoted_command_is_known():
