@@ -332,7 +332,9 @@ ranking.index_videos, ranking.encode_texts = noting, noting_texts
 for argv in json.loads(sys.argv[1]):
     try: retrieval.main(argv)
     except UsageError as error: sys.stdout.write(f'CODE {error.code}: {error.message}\\n')
-sys.stdout.write(f'HELD {json.dumps(held)}\\n'); sys.stdout.flush()"""
+sys.stdout.flush() # one write with its own line ends: the other process shares the pipe
+sys.stdout.write(f'\\nHELD {json.dumps(held)}\\n')
+sys.stdout.flush()"""
 
 
 def command_line(config): return [f'--{leaf.name}={leaf.value}' for leaf in leaves(config)]

@@ -370,9 +370,11 @@ def pretrain(
 
 def dry_run(
     config: Stage2Config, # of the run
+    num_pairs: dict[str, int] | None = None, # medium -> pairs, for corpora that are elsewhere; None = those of the run
 ) -> str: # recipe, parameters, FLOPs, steps, A100-hours; and why it would be refused, if it would
     "Say what a run would do and cost, without training."
-    return plan(Stage2(), config).text
+    if num_pairs is None: return plan(Stage2(), config).text
+    return '\n'.join([str(config), '', *cost_lines(config, num_pairs)])
 
 main = partial(run_command, Stage2()) # main(argv): `umt stage2 --preset NAME [--option value ...] [--dry-run]`
 
