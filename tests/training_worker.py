@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -48,11 +49,14 @@ class Net(nn.Module):
 
 def run(folder, dropout=.1, kill_at=None, kill_on_sync=None, term_at=None, term_rank=0, term_group=False, raise_at=None,
         poison=(), broken=(), **changes):
-    "One call of `train`; `*_at` counts micro-batches of this process from 0: in the middle of a step where it is odd."
+    """One call of `train`; `*_at` counts micro-batches of this process from 0: in the middle of a step where it is odd.
+    At `kill_at` the process waits until there is a checkpoint, and dies."""
     calls = iter(range(10**6))
     def loss_fn(model, batch):
         call, rank = next(calls), int(os.environ.get('RANK', 0))
-        if call == kill_at: os.kill(os.getpid(), signal.SIGKILL)
+        if call == kill_at:
+            while not any(Path(folder, 'checkpoints').glob('step-*')): time.sleep(.01)  # written in the background
+            os.kill(os.getpid(), signal.SIGKILL)
         if call == term_at and rank == term_rank: os.kill(0 if term_group else os.getpid(), signal.SIGTERM)
         if call == raise_at: raise InterruptedError
         error = model(batch['x']).float() - batch['y']
