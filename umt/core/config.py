@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NUMERICS', 'FilePath', 'C', 'option', 'free', 'did_you_mean', 'coerce', 'is_section', 'Config', 'Leaf', 'leaves',
-           'path_fields', 'resolve_name', 'override', 'config_dict', 'read_config', 'config_changes', 'UsageError',
-           'program_name', 'from_cli']
+           'path_fields', 'resolve_name', 'override', 'config_dict', 'config_changes', 'UsageError', 'program_name',
+           'from_cli']
 
 # %% ../../nbs/core/01_config.ipynb #abd8a11f
 import argparse, difflib, io, json, math, operator, re, sys
@@ -16,6 +16,9 @@ from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+# %% ../../nbs/core/01_config.ipynb #d1ecabb5
+from .files import read_json
 
 # %% ../../nbs/core/01_config.ipynb #56a0c0f5
 NUMERICS = 2 # 1: the flat package. 2: uint8 until the device, the teacher's own blocks
@@ -238,29 +241,18 @@ def config_dict(
         place[name] = leaf.value
     return json.loads(json.dumps(stored))
 
-def read_config(
-    file: Path | str | None, # JSON object; None: no fields
-) -> dict: # field name -> value, nested as in the file
-    "The options in a run's `config.json`; ValueError with the file's name if it is not there or not a JSON object."
-    if file is None: return {}
-    try: content = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error: raise ValueError(f'{file}: {error}') from None
-    if isinstance(content, dict): return content
-    raise ValueError(f'{file}: expected a JSON object, found {type(content).__name__}')
-
 # %% ../../nbs/core/01_config.ipynb #56a0c103
 def config_changes(
-    old: Mapping, # of `config_dict`, of a stored config
-    new: Mapping, # of `config_dict`
-    prefix: str = '', # of the names
+    old: Any, # stored: what JSON can say
+    new: Any, # wanted: the same
+    name: str = '', # dotted name of both
 ) -> list[str]: # 'mask.ratio: 0.8 -> 0.5'
-    "The options in which two stored configs differ; one that `old` does not have is not compared."
-    found = []
-    for name, value in new.items():
-        if isinstance(value, Mapping) and isinstance(old.get(name), Mapping):
-            found += config_changes(old[name], value, f'{prefix}{name}.')
-        elif name in old and old[name] != value: found.append(f'{prefix}{name}: {old[name]!r} -> {value!r}')
-    return found
+    "Where `new` differs from `old`, by dotted name. Names that only `old` has do not count."
+    if isinstance(old, dict) and isinstance(new, dict):
+        inner = [config_changes(old.get(key, ...), value, f'{name}.{key}'.strip('.')) for key, value in new.items()]
+        return sum(inner, [])
+    if old == new: return []
+    return [f'{name}: {"not stored" if old is ... else json.dumps(old)} -> {json.dumps(new)}']
 
 # %% ../../nbs/core/01_config.ipynb #56a0c106
 def _is_tuple(hint: Any) -> bool:
@@ -354,9 +346,9 @@ def from_cli(
     if given.preset not in presets:
         fail(f'--preset {given.preset}: expected one of {", ".join(presets)}{did_you_mean(given.preset, presets)}')
     try:
-        preset = override(presets[given.preset], read_config(given.config))
+        preset = override(presets[given.preset], read_json(given.config) if given.config else {})
         arguments = _translated(preset, rest)
-    except ValueError as error: fail(error)
+    except (OSError, ValueError) as error: fail(error)
     kind, default = _command(presets, given.preset, preset)
     box = io.StringIO()
     try:

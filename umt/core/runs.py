@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'RunLocked', 'close_inherited_locks', 'lock_holder', 'open_lock', 'lock_run', 'CheckpointError',
-           'save_checkpoint', 'checkpoint_fault', 'newest_checkpoint', 'own_copy', 'CheckpointWriter', 'differences',
-           'DamagedRun', 'read_stored', 'stored_result', 'changed_fields', 'open_run', 'git_state', 'environment',
-           'record_start']
+           'save_checkpoint', 'checkpoint_fault', 'newest_checkpoint', 'own_copy', 'CheckpointWriter', 'DamagedRun',
+           'read_stored', 'stored_result', 'changed_fields', 'open_run', 'git_state', 'environment', 'record_start']
 
 # %% ../../nbs/core/05_runs.ipynb #50591519
 import fcntl
@@ -32,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 # %% ../../nbs/core/05_runs.ipynb #f6912d3f
+from .config import config_changes
 from .files import (
     complete, file_hash, read_json, remove_leftovers, remove_path, set_aside, temporary_path, write_json)
 from .log import is_main_process, logger
@@ -216,19 +216,6 @@ class CheckpointWriter(AbstractContextManager):
             if error is None: raise
             logger.warning('the last checkpoint could not be written: %s', fault)
 
-# %% ../../nbs/core/05_runs.ipynb #413b418b
-def differences(
-    old: Any, # stored
-    new: Any, # wanted
-    name: str = '', # dotted name of both
-) -> list[str]: # 'loop.lr: 0.1 -> 0.2'
-    "Where `new` differs from `old`, by dotted name. Names that only `old` has do not count."
-    if isinstance(old, dict) and isinstance(new, dict):
-        inner = [differences(old.get(key, ...), value, f'{name}.{key}'.strip('.')) for key, value in new.items()]
-        return sum(inner, [])
-    if old == new: return []
-    return [f'{name}: {"not stored" if old is ... else json.dumps(old)} -> {json.dumps(new)}']
-
 # %% ../../nbs/core/05_runs.ipynb #27d05d30
 class DamagedRun(ValueError):
     "A file that a run cannot do without is damaged."
@@ -267,7 +254,7 @@ def changed_fields(
 ) -> list[str]: # what differs, one entry per field
     "Compare what is wanted with what the run directory holds."
     old = read_stored(run / 'config.json')
-    changed = differences(upgrade(old) if upgrade else old, json.loads(json.dumps(config)))
+    changed = config_changes(upgrade(old) if upgrade else old, json.loads(json.dumps(config)))
     if not (run / 'inputs.json').exists(): # of a run that is older than this file
         if input_hashes: logger.info('%s has no inputs.json: cannot tell whether its inputs are the same', run)
         return changed

@@ -268,22 +268,8 @@ def forward_intermediates(self: VideoTransformer,
     layers: int | Sequence[int] = 1, # how many of the last blocks, or which (0 is the first), to return
     index: torch.Tensor | None = None, # int64 [B, n], the tokens to compute; None = all
 ) -> torch.Tensor: # [layers, B, n, embed_dim], shallow to deep
-    "Outputs of several blocks behind the final norm"
-    depth, tokens = len(self.blocks), self.num_tokens(video)
-    wanted = set(range(depth - layers, depth) if isinstance(layers, int) else layers)
-    if not wanted <= set(range(depth)): raise ValueError(f'{layers=}, but there are {depth} blocks')
-    x = self.patch_embed(video, index)
-    x = x + (self.positions[:tokens] if index is None else F.embedding(index, self.positions)).to(x.dtype)
-    attn_mask = None
-    if self.config['attention'] == 'spatial':
-        token = torch.arange(tokens, device=video.device)[None] if index is None else index
-        attn_mask = same_frame(token, prod(self.grid[1:]))
-    outputs = []
-    for i, block in enumerate(self.blocks[:max(wanted) + 1]):
-        recompute = self.training and i < self.config['checkpoint_blocks']
-        x = checkpoint(block, x, attn_mask, use_reentrant=False) if recompute else block(x, attn_mask)
-        if i in wanted: outputs.append(x)
-    return self.norm(torch.stack(outputs))
+    "Outputs of several blocks behind the final norm. Raises as `block_outputs`"
+    return self.norm(block_outputs(self, video, layers, index))
 
 # %% ../../nbs/models/02_backbone.ipynb #5257c206
 @patch

@@ -113,11 +113,7 @@ class FrameRecognizer(nn.Module):
         pooled = self.fc_norm(pool_tokens(tokens.flatten(1, 2), grid, self.pool_grid)).flatten(1)
         return pooled if pre_logits else self.head(pooled)
 
-    def forward(self,
-        video: torch.Tensor | None = None, # [B, 3, T, H, W]
-        features: torch.Tensor | None = None, # or what the classifier reads, for a linear probe
-    ) -> torch.Tensor: # logits [B, num_classes]
-        return self.forward_head(self.forward_features(video)) if features is None else self.head(features)
+    forward = Recognizer.forward
 
     def group_matcher(self, coarse=False):
         "For timm: patch embedding, then blocks, then (all that is not named) the readout"

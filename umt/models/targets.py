@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..core.config import Config, option
 from .masking import make_mask
-from .teachers import Teacher, TeacherOutput, load_teacher
+from .teachers import Teacher, TeacherOutput
 
 # %% ../../nbs/models/05_targets.ipynb #c90ad885
 def uta_loss(

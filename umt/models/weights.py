@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 # %% ../../nbs/models/01_weights.ipynb #3000a10e
+from ..core.ledger import count_parameters
 from ..core.log import logger
 
 # %% ../../nbs/models/01_weights.ipynb #8122056e
@@ -240,7 +241,7 @@ def load_strictly(
     both = [k for k in names if k in state]
     found = {owner[names[k]] for k in both}
     report = LoadReport(
-        str(path), f'{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters',
+        str(path), f'{type(model).__name__}, {count_parameters(model):,} parameters',
         loaded=tuple(k for k in both if k not in wrong),
         renamed=tuple(f'{k} -> {names[k]}' for k in both if k != names[k]),
         interpolated=interpolated, ignored=ignored, wrappers=wrappers,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # %% ../../nbs/tasks/07_continuing.ipynb #71c0aa12
-from ..core.config import Config, FilePath, option, read_config
+from ..core.config import Config, FilePath, option
 from ..core.files import read_json
 from ..models.text import Tokenizer
 from .task import json_hash
@@ -41,7 +41,7 @@ def trained_text(
     "How the texts of a run were read."
     run, found = Path(init), {}
     if (run/'config.json').exists():
-        stored = read_config(run/'config.json')
+        stored = read_json(run/'config.json')
         text = stored.get('text', {})
         flat = not isinstance(text, dict) # older than nested configs
         found = dict(name=text, sep=stored.get('sep', False)) if flat else dict(text)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ScoringConfig', 'RankingConfig', 'target_ranks', 'retrieval_metrics', 'gallery_metrics', 'host_rows', 'VideoIndex',
-           'autocast_as', 'gather_failures', 'encode_videos', 'index_videos', 'TextIndex', 'shared_rows',
-           'encode_texts', 'dual_scores', 'top_items', 'match_scores', 'score_gallery', 'Ranked', 'rank_gallery']
+           'encode_videos', 'index_videos', 'TextIndex', 'shared_rows', 'encode_texts', 'dual_scores', 'top_items',
+           'match_scores', 'score_gallery', 'Ranked', 'rank_gallery']
 
 # %% ../../nbs/tasks/06_ranking.ipynb #7f6ef7f9
 import os, sys, tempfile
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 # %% ../../nbs/tasks/06_ranking.ipynb #94bae61d
 import torch
@@ -22,21 +22,20 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 # %% ../../nbs/tasks/06_ranking.ipynb #fcee7495
 from ..core.config import Config, free, option
-from ..core.log import logger
-from ..core.signals import worker_init
 from ..data.galleries import Gallery, GalleryDataset
-from ..data.media import DataError, EvalSampler, LoaderConfig, Quarantine, collate, list_failures
+from ..data.media import LoaderConfig
 from ..data.tables import Manifest
 from ..data.transforms import normalize_video
 from ..models.multimodal import Multimodal
 from ..models.objectives import similarity
 from ..models.text import Tokenizer
-from ..training.distributed import COMPUTE_DTYPE, InferenceConfig, gather_rows, start_accelerator
+from ..training.distributed import InferenceConfig, autocast_as, gather_rows, start_accelerator
+from ..training.inference import Failure, agree_on_failures, eval_batches
 
 # %% ../../nbs/tasks/06_ranking.ipynb #5e587ca9
 @dataclass(frozen=True, kw_only=True)
@@ -119,32 +118,7 @@ class VideoIndex(NamedTuple):
     embeddings: Tensor # float32 unit vectors [n, T, E], one per frame
     tokens: Tensor # [n, V, D], what the cross-modal decoder reads
     decoded: list[int] # places of the videos that count, of all processes
-    failures: list[tuple[int, str, str]] # (place, path, reason) of the others
-
-def autocast_as(
-    precision: str, # 'fp32', 'bf16' or 'fp16'
-    device: torch.device, # that computes
-): # a context
-    "Compute in the type that a config asks for."
-    dtype = COMPUTE_DTYPE[precision]
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-# %% ../../nbs/tasks/06_ranking.ipynb #4f63aa02
-def gather_failures(
-    failures: list[tuple[int, str, str]], # of this process: (place, path, reason)
-    total: int, # videos
-    missing: str, # 'error' or 'drop'
-    limit: float, # share of the videos that may be dropped
-) -> list[tuple[int, str, str]]: # of all processes
-    """What could not be decoded; collective. Raises `umt.data.media.DataError` with the list if nothing may be missing,
-    `umt.data.media.TooManyBadClips` above the limit."""
-    failures = sorted(gather_object(failures))
-    if not failures: return []
-    counts = f'{len(failures)} of {total} clips cannot be decoded'
-    if missing == 'error': raise DataError(f'{counts} (missing=drop leaves them out):\n{list_failures(failures)}')
-    Quarantine(None, total, limit).update(failures)
-    logger.warning('%s, and are left out:\n%s', counts, list_failures(failures))
-    return failures
+    failures: list[Failure] # (place, path, reason) of the others
 
 # %% ../../nbs/tasks/06_ranking.ipynb #cabb8ed5
 @torch.inference_mode()
@@ -153,18 +127,13 @@ def encode_videos(
     dataset: Dataset, # of `video` (uint8, or normalised), `sample_id`, `failures`
     config: RankingConfig, # batch size, loader, precision
     accelerator: Accelerator, # of `start_accelerator`
-    failures: list[tuple[int, str, str]], # those of this process are added
+    failures: list[Failure], # those of this process are added
 ) -> Iterator[tuple[Tensor, Tensor]]: # tokens [B, V, D] and embeddings [B, T, E]
     "This process's videos, in order."
-    device, rank, workers = accelerator.device, accelerator.process_index, config.loader.num_workers
-    loader = DataLoader(
-        dataset, num_workers=workers, collate_fn=collate, pin_memory=device.type == 'cuda', worker_init_fn=worker_init,
-        batch_sampler=EvalSampler(len(dataset), config.scoring.video_batch_size, rank, accelerator.num_processes),
-        timeout=config.loader.timeout if workers else 0)
-    for batch in tqdm(loader, 'videos', disable=rank > 0 or not sys.stderr.isatty()):
-        failures += batch['failures']
-        video = normalize_video(batch['video'].to(device, non_blocking=True))
-        with autocast_as(config.device.precision, device):
+    size = config.scoring.video_batch_size
+    for batch in eval_batches(dataset, size, config.loader, accelerator, failures, 'videos'):
+        video = normalize_video(batch['video'])
+        with autocast_as(config.device.precision, accelerator.device):
             encoded = model.encode_video(video)
             embeddings = model.embed_video(encoded.pooled)
         yield encoded.tokens, embeddings.float().cpu()
@@ -175,9 +144,9 @@ def index_videos(
     videos: Manifest | Dataset, # clips, shown as the model was trained; or a dataset, see `encode_videos`
     config: RankingConfig | None = None, # scoring, precision, loader; None = `RankingConfig`'s defaults
     accelerator: Accelerator | None = None, # of `start_accelerator`, if several processes share the videos
-    missing: str = 'error', # what to do about clips that cannot be decoded: 'error' or 'drop', see `gather_failures`
+    missing: str = 'error', # what to do about clips that cannot be decoded: 'error' or 'drop'
 ) -> VideoIndex: # of this process's videos
-    "Encode videos once; collective. Raises as `gather_failures`."
+    "Encode videos once; collective. Raises as `umt.training.inference.agree_on_failures`."
     accelerator, config = accelerator or start_accelerator(), config or RankingConfig()
     scoring, dataset, student = config.scoring, videos, model.config.get('student')
     if isinstance(videos, Manifest):
@@ -192,7 +161,7 @@ def index_videos(
             embeddings, rows = [], host_rows((len(places), *tokens.shape[1:]), dtype, folder)
         rows[done:done + len(tokens)] = tokens.to('cpu', dtype)
         embeddings, done = [*embeddings, embedded], done + len(tokens)
-    failures = gather_failures(failures, len(dataset), missing, config.loader.bad_clip_limit)
+    failures = agree_on_failures(failures, len(dataset), missing, config.loader.bad_clip_limit)
     decoded = sorted({*range(len(dataset))} - {place for place, _, _ in failures})
     return VideoIndex(getattr(dataset, 'manifest', None), places, torch.cat(embeddings), rows, decoded, failures)
 
@@ -340,7 +309,7 @@ class Ranked(NamedTuple):
     metrics: dict[str, float] # of `gallery_metrics`
     scores: dict[str, Tensor] # of `score_gallery`
     gallery: Gallery # what was scored
-    failures: list[tuple[int, str, str]] # of `VideoIndex`
+    failures: list[Failure] # of `VideoIndex`
 
 def rank_gallery(
     model: Multimodal, # moved to the device
@@ -349,13 +318,12 @@ def rank_gallery(
     tokenizer: Tokenizer, # the model's
     max_length: int, # tokens of a text
     config: RankingConfig, # scoring, precision, loader
-    missing: str = 'error', # see `gather_failures`
+    missing: str = 'error', # what to do about clips that cannot be decoded: 'error' or 'drop'
     rerank: bool = True, # see `score_gallery`
 ) -> Ranked | None: # None except on the main process
-    "Encode, score, count; collective. Raises as `gather_failures`, and DataError if no clip is left."
+    "Encode, score, count; collective. Raises as `index_videos`."
     accelerator = start_accelerator()
     index = index_videos(model, dataset, config, accelerator, missing)
-    if not index.decoded: raise DataError('none of the clips could be decoded')
     if index.failures: gallery = gallery.subset(index.decoded)
     ids = [tokenizer.encode(text, max_length) for text in gallery.texts]
     scores = score_gallery(model, index, ids, config, accelerator, rerank)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'PRESETS', 'EVALUATIONS', 'RecognitionConfig', 'EvaluationConfig', 'evaluation_of', 'classification',
            'FeatureDataset', 'freeze_all_but_head', 'selection_split', 'check_split', 'whole_model', 'summary_line',
-           'Recognition', 'RecognitionEvaluation', 'views_line', 'count_parameters', 'costs_of_training', 'task_of',
-           'finetune', 'evaluate', 'dry_run', 'main']
+           'Recognition', 'RecognitionEvaluation', 'views_line', 'costs_of_training', 'task_of', 'finetune', 'evaluate',
+           'dry_run', 'main']
 
 # %% ../../nbs/tasks/05_recognition.ipynb #144383f0
 import sys
@@ -27,20 +27,20 @@ from torch.utils.data import Dataset
 # %% ../../nbs/tasks/05_recognition.ipynb #d5d5ded9
 from ..core.config import Config, config_dict, free, option, program_name
 from ..core.files import write_json
+from ..core.ledger import count_parameters
 from ..core.log import is_main_process, logger
 from ..data.augmentation import AugmentConfig, Mixup
 from ..data.labelled import (
     LabelledClipsConfig, LabelledData, TestClipsConfig, ViewsConfig, read_clips, read_test_clips)
 from ..data.media import LoaderConfig
 from ..data.transforms import normalize_video
+from ..models.backbone import compile_blocks
 from ..models.heads import Recognizer
 from ..models.student import SIZES, StudentConfig
 from . import recognition_recipes as recipes
 from .evaluators import accuracy, evaluate as evaluate_model, extract_features
-from .recognizers import (
-    WORDS, SavedStartConfig, StartConfig, build_model, build_saved, carry_head, check_start, match_classes)
+from .recognizers import WORDS, SavedStartConfig, StartConfig, build_model, build_saved, check_start
 from .task import Parts, Task, check_init, dry_run as plan, main as run_command, run
-from ..models.backbone import compile_blocks
 from ..training.distributed import InferenceConfig, split_batch
 from ..training.loop import Evaluator, TrainConfig
 from ..training.schedule import layer_groups, weight_decay_groups
@@ -221,9 +221,6 @@ class RecognitionEvaluation(Task):
     def evaluate(self, config, data, model):
         model, differs = build_saved(config, data.names, data.num_classes)
         compile_blocks(model, config.device.compile)
-        if is_main_process() and not (Path(config.run_dir)/'config.json').exists():
-            Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-            write_json(Path(config.run_dir)/'config.json', config_dict(config))
         return evaluate_model(config, model, data, dict(other_protocol=differs))
 
     def costs(self, config, data):
@@ -239,12 +236,6 @@ def views_line(
 ) -> str:
     "How many views a test clip has."
     return f'{config.views.num_segments} segments x {config.views.num_crops} crops per test clip'
-
-def count_parameters(
-    model: nn.Module, # any network
-) -> int:
-    "How many weights it has."
-    return sum(p.numel() for p in model.parameters())
 
 def costs_of_training(
     config: RecognitionConfig, # of the run

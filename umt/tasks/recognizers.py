@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'SavedStartConfig', 'StartConfig', 'check_start', 'load_network', 'start_from', 'class_key', 'match_classes',
-           'carry_head', 'init_names', 'build_model', 'other_protocol', 'build_saved']
+           'carry_head', 'init_names', 'build_model', 'build_saved']
 
 # %% ../../nbs/tasks/04_recognizers.ipynb #7ec00003
 import re
@@ -26,9 +26,9 @@ from ..data.annotations import read_classes
 from ..data.labelled import TestClipsConfig
 from ..models.heads import FrameRecognizer, Recognizer, recognizer_from
 from ..models.multimodal import Multimodal
-from ..models.student import SIZES, Student, StudentConfig
+from ..models.student import SIZES, Student
 from ..models.teachers import load_teacher
-from .task import check_init, load_start
+from .task import check_init, load_start, other_clips
 
 # %% ../../nbs/tasks/04_recognizers.ipynb #7ec00008
 @dataclass(frozen=True, kw_only=True)
@@ -197,26 +197,17 @@ def build_model(
     return model
 
 # %% ../../nbs/tasks/04_recognizers.ipynb #efd6d2eb
-def other_protocol(
-    network: Recognizer, # as it was saved
-    clips: TestClipsConfig, # of an evaluation
-) -> list[str]: # 'num_frames: 4 -> 8'
-    "In what the clips of an evaluation differ from those that a network was trained on."
-    trained = network.encoder.config
-    wanted = dict(num_frames=clips.num_frames, image_size=clips.image_size)
-    return [f'{name}: {trained[name]} -> {value}' for name, value in wanted.items() if trained[name] != value]
-
 def build_saved(
     config: Config, # start, data: a `umt.tasks.recognition.EvaluationConfig`
     names: list[str] | None = None, # class names of the data, if they are known
     num_classes: int | None = None, # of the data, if it is known
-) -> tuple[Recognizer, list[str]]: # on the CPU, and `other_protocol`
+) -> tuple[Recognizer, list[str]]: # on the CPU, and `umt.tasks.task.other_clips`
     "A fine-tuned recogniser for other clips. Raises as `load_start`; ValueError if it has no such classes."
     start, clips = config.start, config.data
     found = load_network(start.init)
     if isinstance(found, Student):
         raise ValueError(f'{start.init} is a Stage-1 student: it has no classifier to evaluate')
-    differs = other_protocol(found, clips)
+    differs = other_clips(found.encoder.config, clips)
     if differs: logger.warning(f'{start.init}: evaluated otherwise than it was trained: {"; ".join(differs)}')
     count = num_classes or len(names or ()) or found.config['num_classes']
     model = start_from(found, count, clips, pool_grid=found.config['pool_grid'], drop_path=0.)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MSRVTT', 'NANO_EMOJI', 'PRESETS', 'main', 'GalleryConfig', 'TokenizerConfig', 'RetrievalConfig',
-           'GalleryData', 'read_test_set', 'describe_test_set', 'other_protocol', 'depends_on', 'evaluate',
-           'recall_line', 'Retrieval', 'zero_shot', 'dry_run']
+           'GalleryData', 'read_test_set', 'describe_test_set', 'otherwise', 'depends_on', 'evaluate', 'recall_line',
+           'Retrieval', 'zero_shot', 'dry_run']
 
 # %% ../../nbs/tasks/10_retrieval.ipynb #2952e9db
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from typing import Literal, NamedTuple
 from safetensors.torch import save_file
 
 # %% ../../nbs/tasks/10_retrieval.ipynb #5e74b2de
-from ..core.config import Config, FilePath, config_dict, free, option, override, read_config
-from ..core.files import complete, write_json
+from ..core.config import Config, FilePath, free, option, override
+from ..core.files import complete
 from ..core.log import logger
 from ..data.galleries import Gallery, GalleryDataset, describe_gallery, existing_videos, read_gallery
 from ..models.backbone import compile_blocks
@@ -27,8 +27,9 @@ from ..models.multimodal import Multimodal
 from ..models.text import Tokenizer
 from .continuing import StartConfig, check_tokenizer, saved_config, vocabulary_hash
 from .ranking import RankingConfig, ScoringConfig, rank_gallery
-from .task import (
-    Task, cached_evaluation, check_init, dry_run as plan, json_hash, load_start, main as run_command, run, weights_hash)
+from umt.tasks.task import (
+    Task, cached_evaluation, check_init, dry_run as plan, json_hash, load_start, main as run_command, other_clips, run,
+    weights_hash)
 from ..training.distributed import InferenceConfig
 
 # %% ../../nbs/tasks/10_retrieval.ipynb #5e587ca9
@@ -137,14 +138,13 @@ def describe_test_set(
     return f'{lines}\n{data.missing:,} videos are missing' if data.missing else lines
 
 # %% ../../nbs/tasks/10_retrieval.ipynb #e2168304
-def other_protocol(
-    config: RetrievalConfig, # num_frames, image_size
+def otherwise(
+    config: RetrievalConfig, # start, data
     student: dict, # `config` of the trained student
-) -> list[str]: # a line per difference
+) -> list[str]: # a line, or none
     "In what the videos differ from those of the training."
-    asked = dict(num_frames=config.data.num_frames, image_size=config.data.image_size)
-    return [f'{name} {value}: the model was trained with {student[name]}'
-            for name, value in asked.items() if student[name] != value]
+    differs = other_clips(student, config.data)
+    return [f'{config.start.init}: evaluated otherwise than it was trained: {"; ".join(differs)}'] if differs else []
 
 # %% ../../nbs/tasks/10_retrieval.ipynb #f8676df3
 def depends_on(
@@ -184,9 +184,6 @@ def evaluate(
         run_dir.mkdir(parents=True, exist_ok=True)
         with complete(run_dir/'scores.safetensors') as temporary:
             save_file(ranked.scores | dict(pairs=ranked.gallery.pairs), temporary)
-        stored = run_dir/'config.json'
-        of_training = stored.exists() and not {'loop', 'epochs'}.isdisjoint(read_config(stored)) # it stays
-        if not of_training: write_json(stored, config_dict(config))
         counts = dict(num_videos=len(ranked.gallery.manifest), num_texts=len(ranked.gallery.texts),
                       k_test=config.scoring.k_test, left_out=data.missing + len(ranked.failures),
                       left_out_videos=[f'{path}: {reason}' for _, path, reason in ranked.failures])
@@ -227,7 +224,7 @@ class Retrieval(Task):
         "The trained model, fitted to the videos."
         shape = dict(num_frames=config.data.num_frames, image_size=config.data.image_size)
         model = load_start(config.start.init, (Multimodal,))
-        for line in other_protocol(config, model.student.config): logger.warning(line)
+        for line in otherwise(config, model.student.config): logger.warning(line)
         self.check_text(config, model.text.config, data.tokenizer)
         return compile_blocks(fit_to(model, **shape), config.device.compile)
 
@@ -237,7 +234,7 @@ class Retrieval(Task):
 
     def costs(self, config, data):
         trained = saved_config(config.start.init).get('student')
-        lines = other_protocol(config, trained) if trained else []
+        lines = otherwise(config, trained) if trained else []
         if not data: return lines
         if Path(config.start.init).is_file(): self.start(config, data) # refuses what the run would
         return [*lines, describe_test_set(config, data)]

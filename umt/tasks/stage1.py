@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['B16', 'NANO_EMOJI', 'PRESETS', 'ClipsConfig', 'Stage1Config', 'Stage1Data', 'read_clips', 'build_models',
-           'alignment_loss', 'show_alignment', 'mean_cosine', 'flops_per_clip', 'Stage1', 'pretrain', 'dry_run', 'main']
+           'aligned_tokens', 'alignment_loss', 'show_alignment', 'mean_cosine', 'flops_per_clip', 'Stage1', 'pretrain',
+           'dry_run', 'main']
 
 # %% ../../nbs/tasks/02_stage1.ipynb #4c2d0f84
 from collections.abc import Callable, Sequence
@@ -17,14 +18,13 @@ from typing import NamedTuple
 # %% ../../nbs/tasks/02_stage1.ipynb #4c2d0f85
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 # %% ../../nbs/tasks/02_stage1.ipynb #4c2d0f86
 from ..core.config import Config, FilePath, free, option, override
-from ..core.ledger import a100_hours, count_flops
+from ..core.ledger import a100_hours, count_flops, count_parameters
 from ..core.seeds import seeded
 from ..data.emoji_motion import emoji_motion_missing, make_emoji_motion
-from ..data.media import EvalSampler, VideoDataset, collate
+from ..data.media import VideoDataset
 from ..data.sampling import check_sampling
 from ..data.tables import read_manifest
 from ..data.transforms import denormalize, normalize_video, pretrain_transform
@@ -34,7 +34,8 @@ from ..models.student import SIZES, Student, StudentConfig
 from ..models.targets import AlignmentConfig, teacher_targets, uta_loss
 from ..models.teachers import Teacher, TeacherConfig, build_teacher
 from .task import Parts, Task, dry_run as plan, main as run_command, run
-from ..training.distributed import COMPUTE_DTYPE, gather_rows, start_accelerator
+from ..training.distributed import COMPUTE_DTYPE, autocast_as, gather_rows, start_accelerator
+from ..training.inference import eval_batches
 from ..training.session import Evaluator, TrainConfig
 
 # %% ../../nbs/tasks/02_stage1.ipynb #dfbd914c
@@ -148,16 +149,25 @@ def build_models(
     return teacher, student
 
 # %% ../../nbs/tasks/02_stage1.ipynb #60380dab
+def aligned_tokens(
+    config: Stage1Config, # mask
+    teacher: Teacher, # on the batch's device
+    model: nn.Module, # the student
+    batch: dict, # video uint8 [B, 3, T, H, W], key int64 [B]
+) -> tuple[Tensor, Tensor]: # unit vectors [K, B, visible, C] of the student and of the teacher
+    "What both say about the tokens that stay visible."
+    video = normalize_video(batch['video'])
+    frames = video[:, :, ::config.student.tubelet_size]
+    target = teacher_targets(teacher, frames, config.mask.kind, config.mask.ratio, batch['key'])
+    return model(video, target.visible), target.tokens
+
 def alignment_loss(
     config: Stage1Config, # mask, alignment
     teacher: Teacher, # on the batches' device
 ) -> Callable[[nn.Module, dict], tuple[Tensor, dict[str, Tensor]]]: # for `umt.training.loop.train`
     "The Stage-1 loss as a function of the student and a batch (equation 1)."
-    every = config.student.tubelet_size
     def loss_fn(model, batch):
-        video = normalize_video(batch['video'])
-        target = teacher_targets(teacher, video[:, :, ::every], config.mask.kind, config.mask.ratio, batch['key'])
-        return uta_loss(model(video, target.visible), target.tokens, config.alignment.loss), {}
+        return uta_loss(*aligned_tokens(config, teacher, model, batch), config.alignment.loss), {}
     return loss_fn
 
 # %% ../../nbs/tasks/02_stage1.ipynb #2a013fe5
@@ -192,15 +202,12 @@ def mean_cosine(
     dataset: VideoDataset, # validation clips
 ) -> dict[str, float] | None: # cosine; None except on the main process
     "How well the student agrees with its teacher on unseen clips; collective."
-    accelerator, size = start_accelerator(), config.loop.micro_batch_size or 16
-    device, dtype = accelerator.device, COMPUTE_DTYPE[config.device.precision]
-    sampler = EvalSampler(len(dataset), size, accelerator.process_index, accelerator.num_processes)
-    loss_fn, rows = alignment_loss(override(config, loss='l2'), teacher), []
-    for batch in DataLoader(dataset, batch_sampler=sampler, num_workers=config.loader.num_workers, collate_fn=collate):
-        batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32): loss, _ = loss_fn(model, batch)
-        rows += [1 - loss.item() / 2] * len(batch['key'])
-    together = gather_rows(torch.tensor(rows), accelerator)
+    accelerator, size, rows = start_accelerator(), config.loop.micro_batch_size or 16, []
+    for batch in eval_batches(dataset, size, config.loader, accelerator, []): # one that cannot be decoded is an error
+        with autocast_as(config.device.precision, accelerator.device):
+            student, target = aligned_tokens(config, teacher, model, batch)
+        rows.append((student.float() * target.float()).sum(-1).mean((0, 2)))
+    together = gather_rows(torch.cat(rows).cpu() if rows else torch.empty(0), accelerator)
     return None if together is None else dict(cosine=together.mean().item())
 
 # %% ../../nbs/tasks/02_stage1.ipynb #3fbe6bba
@@ -252,8 +259,8 @@ class Stage1(Task):
     def costs(self, config, data, num_clips=None):
         weightless = override(config, teacher_weights='random' if config.teacher.weights else None)
         teacher, student = build_models(weightless)
-        flops, parameters = flops_per_clip(config, teacher, student), sum(p.numel() for p in student.parameters())
-        lines = [f'student parameters {parameters:,}, teacher {sum(p.numel() for p in teacher.parameters()):,}',
+        flops, parameters = flops_per_clip(config, teacher, student), count_parameters(student)
+        lines = [f'student parameters {parameters:,}, teacher {count_parameters(teacher):,}',
                  *(f'{name:<16}{count / 1e9:10.1f} GFLOPs per clip' for name, count in flops.items())]
         num_clips = num_clips or (len(data.train) if data else config.data.emoji_clips)
         if not num_clips: return [*lines, 'the number of clips and the A100-hours are not known']

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 # %% ../../nbs/tasks/09_stage2.ipynb #423ae4c2
 from ..core.config import override
-from ..core.ledger import a100_hours, count_flops
+from ..core.ledger import a100_hours, count_flops, count_parameters
 from ..core.seeds import seeded
 from ..data.corpora import build_corpora, find_corpora
 from ..data.emoji_motion import emoji_motion_missing, make_emoji_motion
@@ -292,7 +292,7 @@ def cost_lines(
     teacher, model = build_weightless(config)
     flops = flops_per_pair(config, teacher, model)
     networks = dict(model=model, teacher=teacher or nn.Identity())
-    sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    sizes = {name: count_parameters(network) for name, network in networks.items()}
     lines = [f'parameters {sizes["model"]:,}, teacher {sizes["teacher"]:,}',
              *(f'{count / 1e9:10.1f} GFLOPs per {medium} with its sentence' for medium, count in flops.items())]
     if not num_pairs: return [*lines, 'the number of pairs and the A100-hours are not known']

@@ -49,8 +49,8 @@ def train_step(
         group['lr'] = rate * group['lr_scale']
         if group['weight_decay']: group['weight_decay'] = decay
     seeds = [sample_key(config.seed, step, micro * world + rank, 'device') for micro in range(s.accumulate)]
-    dtype = COMPUTE_DTYPE[config.device.precision]
-    means = accumulate_gradients(s.model, s.feed, s.loss_fn, seeds, s.accelerator, s.scaler, dtype)
+    means = accumulate_gradients(
+        s.model, s.feed, s.loss_fn, seeds, s.accelerator, s.scaler, config.device.precision)
     norm, flags = update(s.model, s.optimizer, s.scaler, means['loss'], config.loop.clip_grad, bool(stop))
     if s.average: s.average.update(s.accelerator.unwrap_model(s.model))
     s.meter.add({**means, 'grad_norm': norm}, flags[0])

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 # %% ../../nbs/training/02_step.ipynb #7a1c0005
 from ..core.signals import shut_down_workers
-from .distributed import gradient_sync
+from .distributed import autocast_as, gradient_sync
 
 # %% ../../nbs/training/02_step.ipynb #ecdaf77c
 class Feed:
@@ -65,15 +65,14 @@ def accumulate_gradients(
     seeds: list[int], # one per micro-batch
     accelerator: Accelerator, # device and processes
     scaler: torch.amp.GradScaler, # disabled unless fp16
-    dtype: torch.dtype, # compute type
+    precision: str, # 'fp32', 'bf16' or 'fp16'
 ) -> dict[str, Tensor]: # loss and metrics, means over the micro-batches, scalars still on the device
     "Forward and backward over all micro-batches of one step."
     means = {}
     for n, seed in enumerate(seeds, 1):
         torch.manual_seed(seed)
         with gradient_sync(accelerator, model, sync=n == len(seeds)):
-            with torch.autocast(accelerator.device.type, dtype, enabled=dtype != torch.float32):
-                loss, metrics = loss_fn(model, feed.next())
+            with autocast_as(precision, accelerator.device): loss, metrics = loss_fn(model, feed.next())
             scaler.scale(loss / len(seeds)).backward()
         for name, value in {'loss': loss, **metrics}.items():
             means[name] = means.get(name, 0) + value.detach().float() / len(seeds)
