@@ -235,7 +235,8 @@ def check_launcher(
     for option in options:
         if option in known: continue
         has = ', '.join(known) or 'none'
-        raise ValueError(f'launcher {name!r} has no option {option!r}{did_you_mean(option, list(known))} It has {has}')
+        near = did_you_mean(option, list(known)) or '.'
+        raise ValueError(f'launcher {name!r} has no option {option!r}{near} It has {has}')
     checked = {option: _checked(option, value, known[option]) for option, value in options.items()}
     if name == 'slurm':
         of_sbatch = inspect.signature(slurm_options).parameters

@@ -163,7 +163,7 @@ def check_parameters(
     for name, (_, value) in given.items():
         if name.startswith('PAPERMILL_'): continue # of `papermill --inject-paths`
         if name not in declared:
-            near = did_you_mean(name, list(declared))
+            near = did_you_mean(name, list(declared)) or '.'
             raise ValueError(f'unknown parameter {name!r}{near} The notebook has {", ".join(declared)}')
         _check_type(name, value, declared[name][0])
     values = {name: value for name, (_, value) in (declared | given).items()}

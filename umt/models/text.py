@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Sequence
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -20,13 +21,11 @@ from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForMaskedLM
 from transformers.models.bert.modeling_bert import BertAttention, BertEmbeddings, BertLayer, BertOnlyMLMHead
 from transformers.utils import logging
 
-from ..data.captions import clean_text
-from fastcore.basics import patch
-
 # %% ../../nbs/models/07_text.ipynb #extras-import
 from ..core.config import did_you_mean
 from ..core.extras import need
 from ..core.log import logger
+from ..data.captions import clean_text
 
 # %% ../../nbs/models/07_text.ipynb #51eecf98
 MINILM = 'minilm'

@@ -40,7 +40,7 @@ from ..models.text import Tokenizer, load_text
 from .continuing import check_tokenizer, saved_config, vocabulary_hash
 from .ranking import rank_gallery
 from .stage2_recipes import PRESETS, PUBLISHED, PairsOptimizerConfig, Stage2Config, TextConfig, unmasked
-from .task import Parts, Task, check_init, content_hash, dry_run as plan, load_start, main as run_command, run
+from .task import Parts, Task, check_init, dry_run as plan, load_start, main as run_command, run
 from ..training.distributed import COMPUTE_DTYPE
 from ..training.schedule import weight_decay_groups
 from ..training.session import Evaluator
@@ -339,9 +339,7 @@ class Stage2(Task):
     def data(self, config): return read_pairs(config)
 
     def inputs(self, config, data):
-        corpora = {f'corpora {file}': content_hash(file, (config.data.root,)) for file in config.data.files}
-        known = {name: digest for name, digest in corpora.items() if digest}
-        return super().inputs(config, data) | known | dict(vocabulary=vocabulary_hash(data.tokenizer))
+        return super().inputs(config, data) | dict(vocabulary=vocabulary_hash(data.tokenizer))
 
     def parts(self, config, data):
         teacher, model = build_models(config)
