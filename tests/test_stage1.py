@@ -13,6 +13,7 @@ import torch
 from umt.core.config import UsageError, override
 from umt.core.signals import Preempted
 from umt.data import emoji_motion
+from umt.data.media import TooManyBadClips
 from umt.models.published import load_model
 from umt.tasks import stage1
 from umt.training import loop
@@ -183,6 +184,23 @@ def test_evaluation_on_the_way_survives_a_stop(own, tmp_path, monkeypatch):
     records = [[json.loads(line) for line in open(tmp_path/name/'metrics.jsonl')] for name in ('straight', 'stopped')]
     cosines = [[(r['step'], r['cosine']) for r in run if 'cosine' in r] for run in records]
     assert cosines[0] == cosines[1] and [step for step, _ in cosines[0]] == [3, 6, 9]
+
+
+@pytest.mark.parametrize('num_workers', (0, 1))
+def test_a_validation_clip_that_cannot_be_decoded_does_not_count(own, num_workers, tmp_path, caplog):
+    "It is named, and left out of the mean; too many of them end the run."
+    (own/'val.csv').write_text(''.join(f'{i}.mp4 0\n' for i in range(4)))
+    (own/'bad.mp4').write_text('no video')
+    (own/'bad.csv').write_text((own/'val.csv').read_text() + 'bad.mp4 0\n')
+    (own/'worse.csv').write_text((own/'bad.csv').read_text() + 'bad.mp4 0\n')
+    config = override(stage1.PRESETS['quick_emoji'], data_root=str(own), train_list='mine.csv', val_list='val.csv',
+                      epochs=1, batch_size=4, num_workers=num_workers, **{'validation.every': 1})
+    def cosine(name):
+        stage1.pretrain(override(config, val_list=name, run_dir=str(tmp_path/name)))
+        return [json.loads(line) for line in open(tmp_path/name/'metrics.jsonl')][-1]['cosine']
+    assert cosine('bad.csv') == pytest.approx(cosine('val.csv'), abs=1e-6)
+    assert '1 of 5 clips cannot be decoded and are left out:\n  bad.mp4: ' in caplog.text
+    with pytest.raises(TooManyBadClips, match='2 of 6 clips'): cosine('worse.csv')
 
 
 def test_help_groups_options_and_explains_them():

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 # %% ../../nbs/data/14_labelled.ipynb #1abe0004
-import torch
 from torch import Tensor
 
 # %% ../../nbs/data/14_labelled.ipynb #1abe0005
@@ -25,11 +24,10 @@ from ..core.log import logger
 from .annotations import existing_clips, read_annotations
 from .augmentation import AugmentConfig, crop_views, finetune_transform
 from .emoji_motion import is_emoji_motion
-from .media import VideoDataset
+from .media import EvalDataset, VideoDataset
 from .sampling import check_sampling, frame_indices
 from .tables import Manifest
 from .transforms import pretrain_transform
-from .video import VideoError
 
 # %% ../../nbs/data/14_labelled.ipynb #aa15279d
 @dataclass(frozen=True, kw_only=True)
@@ -144,30 +142,20 @@ def cut_views(
     return crops(frames).unflatten(2, (num_segments, -1)).permute(2, 0, 1, 3, 4, 5).flatten(0, 1)
 
 # %% ../../nbs/data/14_labelled.ipynb #1437305c
-class ViewDataset(VideoDataset):
-    "Clips with all their views, uint8 [views, 3, T, size, size]. One that cannot be decoded: zeros, and `failures`"
+class ViewDataset(EvalDataset):
+    "Clips with all their views, uint8 [views, 3, T, size, size]"
     def __init__(self,
         manifest: Manifest, # which clips
         clips: TestClipsConfig, # num_frames, image_size
         views: ViewsConfig, # how they are cut
     ):
         self.views = (views.num_segments, views.num_crops)
-        self.shape = (prod(self.views), 3, clips.num_frames, clips.image_size, clips.image_size)
+        shape = (prod(self.views), 3, clips.num_frames, clips.image_size, clips.image_size)
         choose = partial(
             view_indices, num_frames=clips.num_frames, sampling=views.sampling, num_segments=views.num_segments)
         crops = crop_views(clips.image_size, views.num_crops, normalize=False)
         cut = partial(cut_views, crops=crops, num_segments=views.num_segments)
-        super().__init__(manifest, clips.num_frames, choose, cut, tries=1)
-
-    def __getitem__(self, position):
-        _, index = position
-        try: return self.load(0, index)[0]
-        except VideoError as error:
-            sample_id, name = int(self.manifest.ids[index]), self.manifest.name(index)
-            failures = [(sample_id, name, f'{type(error).__name__}: {error.reason}')]
-            nothing = torch.zeros(self.shape, dtype=torch.uint8)
-            label = int(self.manifest.labels[index])
-            return dict(video=nothing, label=label, sample_id=sample_id, key=0, failures=failures)
+        super().__init__(manifest, clips.num_frames, choose, cut, shape)
 
 def one_view(
     views: ViewsConfig, # of the test

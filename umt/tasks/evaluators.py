@@ -29,7 +29,7 @@ from ..data.tables import Manifest, absolute_path
 from ..data.transforms import normalize_video
 from .task import cached_evaluation, json_hash, weights_hash
 from ..training.distributed import autocast_as, gather_rows, start_accelerator
-from ..training.inference import Failure, agree_on_failures, eval_batches
+from ..training.inference import Failure, agree_on_failures, decoded_places, eval_batches
 
 # %% ../../nbs/tasks/01_evaluators.ipynb #a776d7f9
 class Predictions(NamedTuple):
@@ -59,8 +59,7 @@ def predict(
     model.train(was_training)
     limit = config.loader.bad_clip_limit
     failures = agree_on_failures(failures, len(dataset), config.data.missing, limit, always=1)
-    bad = {sample_id for sample_id, _, _ in failures}
-    places = [i for i, sample_id in enumerate(dataset.manifest.ids.tolist()) if sample_id not in bad]
+    places = decoded_places(dataset.manifest.ids.tolist(), failures)
     every = gather_rows(torch.cat(rows) if rows else torch.empty(0), accelerator)
     return Predictions(every if every is None else every[places], places, failures)
 

@@ -35,7 +35,7 @@ from ..models.multimodal import Multimodal
 from ..models.objectives import similarity
 from ..models.text import Tokenizer
 from ..training.distributed import InferenceConfig, autocast_as, gather_rows, start_accelerator
-from ..training.inference import Failure, agree_on_failures, eval_batches
+from ..training.inference import Failure, agree_on_failures, decoded_places, eval_batches
 
 # %% ../../nbs/tasks/06_ranking.ipynb #5e587ca9
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ def index_videos(
         rows[done:done + len(tokens)] = tokens.to('cpu', dtype)
         embeddings, done = [*embeddings, embedded], done + len(tokens)
     failures = agree_on_failures(failures, len(dataset), missing, config.loader.bad_clip_limit)
-    decoded = sorted({*range(len(dataset))} - {place for place, _, _ in failures})
+    decoded = decoded_places(range(len(dataset)), failures)
     return VideoIndex(getattr(dataset, 'manifest', None), places, torch.cat(embeddings), rows, decoded, failures)
 
 # %% ../../nbs/tasks/06_ranking.ipynb #5e42c606

@@ -24,7 +24,7 @@ from ..core.config import Config, FilePath, free, option, override
 from ..core.ledger import a100_hours, count_flops, count_parameters
 from ..core.seeds import seeded
 from ..data.emoji_motion import emoji_motion_missing, make_emoji_motion
-from ..data.media import VideoDataset
+from ..data.media import EvalDataset, VideoDataset
 from ..data.sampling import check_sampling
 from ..data.tables import read_manifest
 from ..data.transforms import denormalize, normalize_video, pretrain_transform
@@ -35,7 +35,7 @@ from ..models.targets import AlignmentConfig, teacher_targets, uta_loss
 from ..models.teachers import Teacher, TeacherConfig, build_teacher
 from .task import Parts, Task, dry_run as plan, main as run_command, run
 from ..training.distributed import COMPUTE_DTYPE, autocast_as, gather_rows, start_accelerator
-from ..training.inference import eval_batches
+from ..training.inference import agree_on_failures, decoded_places, eval_batches
 from ..training.session import Evaluator, TrainConfig
 
 # %% ../../nbs/tasks/02_stage1.ipynb #dfbd914c
@@ -112,22 +112,23 @@ PRESETS = dict(
 class Stage1Data(NamedTuple):
     "What a run works on."
     train: VideoDataset # training clips
-    val: VideoDataset | None # clips for the evaluations on the way
+    val: EvalDataset | None # clips for the evaluations on the way
 
 def read_clips(
     config: Stage1Config, # of the run
 ) -> Stage1Data:
     "Read the lists. Raises as `read_manifest`, and ValueError for a batch that is larger than the list."
-    clips = config.data
-    def dataset(name, transform, tries=10, repeats=1):
-        manifest = read_manifest(Path(clips.root)/name, root=clips.root)
-        return VideoDataset(manifest, clips.num_frames, clips.sampling, transform, config.seed, repeats, tries)
-    transform = pretrain_transform(clips.image_size, flip=clips.flip, normalize=False)
-    train = dataset(clips.train_list, transform, repeats=config.loop.num_sample)
+    clips, frames, size = config.data, config.data.num_frames, config.data.image_size
+    def manifest(name): return read_manifest(Path(clips.root)/name, root=clips.root)
+    transform, still = (pretrain_transform(size, flip=flip, normalize=False) for flip in (clips.flip, False))
+    train = VideoDataset(
+        manifest(clips.train_list), frames, clips.sampling, transform, config.seed, config.loop.num_sample)
     if len(train) < config.loop.batch_size:
         raise ValueError(f'{clips.train_list}: {len(train)} clips, fewer than batch_size {config.loop.batch_size}')
-    plain = pretrain_transform(clips.image_size, flip=False, normalize=False)
-    return Stage1Data(train, dataset(clips.val_list, plain, tries=1) if clips.val_list else None)
+    if not clips.val_list: return Stage1Data(train, None)
+    shape = (3, frames, size, size)
+    val = EvalDataset(manifest(clips.val_list), frames, clips.sampling, still, shape, config.seed)
+    return Stage1Data(train, val)
 
 # %% ../../nbs/tasks/02_stage1.ipynb #44667a2e
 def build_models(
@@ -199,16 +200,18 @@ def mean_cosine(
     model: nn.Module, # the student, in evaluation mode
     config: Stage1Config, # of the run
     teacher: Teacher, # on the device
-    dataset: VideoDataset, # validation clips
+    dataset: EvalDataset, # validation clips
 ) -> dict[str, float] | None: # cosine; None except on the main process
-    "How well the student agrees with its teacher on unseen clips; collective."
-    accelerator, size, rows = start_accelerator(), config.loop.micro_batch_size or 16, []
-    for batch in eval_batches(dataset, size, config.loader, accelerator, []): # one that cannot be decoded is an error
+    "How well the student agrees with its teacher on unseen clips; collective. Raises as `agree_on_failures`."
+    accelerator, size, rows, failures = start_accelerator(), config.loop.micro_batch_size or 16, [], []
+    for batch in eval_batches(dataset, size, config.loader, accelerator, failures):
         with autocast_as(config.device.precision, accelerator.device):
             student, target = aligned_tokens(config, teacher, model, batch)
         rows.append((student.float() * target.float()).sum(-1).mean((0, 2)))
+    failures = agree_on_failures(failures, len(dataset), None, config.loader.bad_clip_limit, always=1)
     together = gather_rows(torch.cat(rows).cpu() if rows else torch.empty(0), accelerator)
-    return None if together is None else dict(cosine=together.mean().item())
+    places = decoded_places(dataset.manifest.ids.tolist(), failures)
+    return None if together is None else dict(cosine=together[places].mean().item())
 
 # %% ../../nbs/tasks/02_stage1.ipynb #3fbe6bba
 def flops_per_clip(

@@ -7,6 +7,7 @@ __all__ = ['COMPUTE_DTYPE', 'InferenceConfig', 'DeviceConfig', 'autocast_as', 's
            'distribute', 'gradient_sync', 'unshared', 'flat_state', 'load_flat_state', 'gather_rows']
 
 # %% ../../nbs/training/01_distributed.ipynb #ed675a8a
+import warnings
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -102,7 +103,10 @@ def distribute(
         wrapped = shard(model, COMPUTE_DTYPE[config.precision])
         sharded = dict(wrapped.named_parameters())
         groups = [{**g, 'params': [sharded[names[id(p)]] for p in g['params']]} for g in groups]
-    else: wrapped = accelerator.prepare_model(model)
+    else:
+        with warnings.catch_warnings(): # torch deprecates `broadcast_buffers`, but its successor does less
+            warnings.filterwarnings('ignore', '.*broadcast_buffers', FutureWarning)
+            wrapped = accelerator.prepare_model(model)
     groups = [{'lr_scale': 1., **{k: v for k, v in g.items() if k != 'param_names'}} for g in groups]
     return wrapped, torch.optim.AdamW(groups, **adamw, fused=True)
 
