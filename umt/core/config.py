@@ -91,7 +91,9 @@ def coerce(
         known = ', '.join(map(str, args))
         raise ValueError(f'{value!r}: expected one of {known}{did_you_mean(str(value), [str(a) for a in args])}')
     if hint is bool and str(value).lower() in ('true', 'false', '1', '0'): return str(value).lower() in ('true', '1')
-    if hint is str and isinstance(value, str): return value
+    if hint is str and isinstance(value, str):
+        if not value: raise ValueError('is empty')
+        return value
     if hint in (int, float):
         try: return _number(value, hint)
         except (ValueError, OverflowError): pass

@@ -215,12 +215,15 @@ def differences(
     names: dict[str, str], # name in the file -> name in the model
     model: nn.Module, # not changed
 ) -> dict[str, str]: # name in the file -> what is wrong with it
-    "Tensors that are not what the model has: of another shape, or unlike a tensor that they are tied to"
+    "Tensors that are not what the model has: of another shape or kind, or unlike a tensor that they are tied to"
     target, owner, first, wrong = model.state_dict(), owners(model), {}, {}
     for name in (k for k in names if k in state):
         other = first.setdefault(owner[names[name]], name)
-        file, ours = list(state[name].shape), list(target[names[name]].shape)
+        theirs, own = state[name], target[names[name]]
+        file, ours = list(theirs.shape), list(own.shape)
         if file != ours: wrong[name] = f'{name}: file {file}, model {ours}'
+        elif own.is_floating_point() != theirs.is_floating_point():
+            wrong[name] = f'{name}: file {theirs.dtype}, model {own.dtype}'
         elif not torch.equal(state[name], state[other]):
             wrong[name] = f'{name}: differs from {other}, to which it is tied'
     return wrong

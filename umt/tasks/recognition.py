@@ -40,8 +40,8 @@ from ..models.student import SIZES, StudentConfig
 from . import recognition_recipes as recipes
 from .evaluators import accuracy, evaluate as evaluate_model, extract_features
 from .recognizers import WORDS, SavedStartConfig, StartConfig, build_model, build_saved, check_start
-from .task import Parts, Task, check_init, dry_run as plan, main as run_command, run
-from ..training.distributed import InferenceConfig, split_batch
+from .task import Parts, Task, check_batch, check_init, dry_run as plan, main as run_command, run
+from ..training.distributed import InferenceConfig
 from ..training.loop import Evaluator, TrainConfig
 from ..training.schedule import layer_groups, weight_decay_groups
 
@@ -144,10 +144,7 @@ def check_split(
     data: LabelledData, # of `read_clips`
 ):
     "ValueError where the batch does not fit the clips, or the evaluations on the way have no labels."
-    split_batch(config.loop.batch_size, config.loop.micro_batch_size, 1)
-    if len(data.train) < config.loop.batch_size:
-        raise ValueError(
-            f'{config.data.train_list}: {len(data.train)} clips, fewer than batch_size {config.loop.batch_size}')
+    check_batch(config, len(data.train))
     if config.validation.every and data.selection is None:
         raise ValueError(
             f'validation.every needs labelled clips; {selection_split(config)} has none: give data.selection_list')

@@ -33,7 +33,7 @@ from ..models.masking import MaskConfig, num_visible, visible_at
 from ..models.student import SIZES, Student, StudentConfig
 from ..models.targets import AlignmentConfig, teacher_targets, uta_loss
 from ..models.teachers import Teacher, TeacherConfig, build_teacher
-from .task import Parts, Task, dry_run as plan, main as run_command, run
+from .task import Parts, Task, check_batch, dry_run as plan, main as run_command, run
 from ..training.distributed import COMPUTE_DTYPE, autocast_as, gather_rows, start_accelerator
 from ..training.inference import agree_on_failures, decoded_places, eval_batches
 from ..training.session import Evaluator, TrainConfig
@@ -123,8 +123,7 @@ def read_clips(
     transform, still = (pretrain_transform(size, flip=flip, normalize=False) for flip in (clips.flip, False))
     train = VideoDataset(
         manifest(clips.train_list), frames, clips.sampling, transform, config.seed, config.loop.num_sample)
-    if len(train) < config.loop.batch_size:
-        raise ValueError(f'{clips.train_list}: {len(train)} clips, fewer than batch_size {config.loop.batch_size}')
+    check_batch(config, len(train))
     if not clips.val_list: return Stage1Data(train, None)
     shape = (3, frames, size, size)
     val = EvalDataset(manifest(clips.val_list), frames, clips.sampling, still, shape, config.seed)
@@ -241,8 +240,9 @@ class Stage1(Task):
 
     def unprepared(self, config):
         missing = emoji_motion_missing(config.data.root, config.data.emoji_clips, lists=config.data.lists)
-        made = f'EmojiMotion with {config.data.emoji_clips:,} training clips would be made in {config.data.root}'
-        return made if missing else None
+        if not missing: return None
+        check_batch(config, config.data.emoji_clips)
+        return f'EmojiMotion with {config.data.emoji_clips:,} training clips would be made in {config.data.root}'
 
     def data(self, config): return read_clips(config)
 

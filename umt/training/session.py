@@ -69,6 +69,7 @@ class TrainConfig(Config):
     def check(self):
         if self.optimizer.warmup_epochs > self.loop.epochs:
             raise ValueError(f'warmup_epochs {self.optimizer.warmup_epochs:g} > epochs {self.loop.epochs}')
+        split_batch(self.loop.batch_size, self.loop.micro_batch_size, 1) # what one process cannot split, none can
         sharded = self.device.sharding != 'ddp'
         if sharded and self.loop.ema_decay is not None:
             raise ValueError("ema_decay needs sharding='ddp': the average is kept whole")
