@@ -179,6 +179,12 @@ def test_script_lines(path):
     assert long_lines(path.read_text()) == [], f'lines over {LINE} characters'
 
 
+def test_module_lines():
+    "nbdev wraps `__all__` as it likes."
+    texts = {name(p): re.sub(r'(?m)^__all__ = .*', '', p.read_text()) for p in modules}
+    assert [(p, long_lines(text)) for p, text in texts.items() if long_lines(text)] == []
+
+
 def test_module_length():
     sizes = {name(p): len(p.read_text().splitlines()) for p in modules}
     assert {p: n for p, n in sizes.items() if n > MODULE} == {}, f'modules of more than {MODULE} lines'
