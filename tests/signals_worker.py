@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 from umt.core.signals import Preempted, ending_workers, stop_signals, worker_init
 
 CASE = sys.argv[1]
+ERRORS = ('error', 'error without the context', 'stuck workers', 'persistent workers', 'lock left by an interrupt',
+          'lock of a dead worker')
 
 class Samples(Dataset):
     def __len__(self): return 10**6
@@ -22,7 +24,9 @@ def loop(batches, stop):
     for step, _ in enumerate(batches):
         if step == 3:
             print('workers', *(worker.pid for worker in batches._workers), flush=True)
-            if CASE in ('error', 'error without the context', 'stuck workers', 'persistent workers'): 1 / 0
+            if CASE == 'lock left by an interrupt': batches._index_queues[1]._notempty.acquire()
+            if CASE == 'lock of a dead worker': batches._workers_done_event._cond.acquire()
+            if CASE in ERRORS: 1 / 0
             if CASE == 'sys.exit': sys.exit(3)
             if CASE == 'slow step': time.sleep(600)
         if step > 3 and stop:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOP_SIGNALS', 'PR_SET_PDEATHSIG', 'Preempted', 'stop_signals', 'die_with_parent', 'worker_init', 'kill_processes',
-           'shut_down_workers', 'ending_workers', 'end_daemons']
+           'free_locks', 'shut_down_workers', 'ending_workers', 'end_daemons']
 
 # %% ../../nbs/core/04_signals.ipynb #092c8ae7
 import atexit
@@ -81,6 +81,16 @@ def kill_processes(
             if process.is_alive(): process.kill()
 
 # %% ../../nbs/core/04_signals.ipynb #20dba77c
+def free_locks(
+    iterator: Any, # what `iter` made of a `DataLoader` with workers; its main thread calls this
+):
+    "Free the locks that this process's main thread had when an interrupt came."
+    queues = [*iterator._index_queues, iterator._worker_result_queue]
+    pinned = [iterator._data_queue.mutex] if hasattr(iterator, '_pin_memory_thread') else []
+    for lock in [*(queue._notempty for queue in queues), *pinned]:
+        lock.acquire(timeout=.5) # another thread of this process has it for moments only
+        lock.release()
+
 def shut_down_workers(
     loader: Any, # a `DataLoader`, or what `iter` made of one
     patience: float = 2., # seconds until workers that have not ended are killed
@@ -93,14 +103,14 @@ def shut_down_workers(
     if iterator._worker_pids_set: # else torch raises an error here when it sees that a worker was killed
         iterator._worker_pids_set = False
         _remove_worker_pids(id(iterator))
-    timer = threading.Timer(patience, kill_processes, [workers])
-    timer.daemon = True
-    timer.start()
+    free_locks(iterator)
+    asking = threading.Thread(target=iterator._shutdown_workers, daemon=True)
+    asking.start()
     try:
-        iterator._shutdown_workers()
+        asking.join(patience)
     finally:
-        timer.cancel()
         kill_processes(workers)
+        asking.join(patience)
         for worker in workers:
             worker.join(5)
 

@@ -57,8 +57,8 @@ def agree_on_failures(
     every = sorted(map(tuple, gather_object(failures)))
     if not every: return every
     what, listed = f'{len(every)} of {total} clips cannot be decoded', list_failures(every)
-    if missing == 'error' or len(every) == total:
-        raise DataError(f'{what}, and none is replaced in an evaluation (data.missing={missing}):\n{listed}')
+    if missing == 'error': raise DataError(f'{what} (data.missing=drop leaves them out):\n{listed}')
+    if len(every) == total: raise DataError(f'{what}:\n{listed}')
     if len(every) > max(always, limit * total):
         raise TooManyBadClips(f'{what}, more than {limit:.1%} (loader.bad_clip_limit):\n{listed}')
     logger.warning(f'{what} and are left out:\n{listed}')
