@@ -1,4 +1,4 @@
-"Edge cases of the fine-tuning augmentation (the recipe itself is tested in nbs/data/03_augmentation.ipynb)"
+"Edge cases of the fine-tuning augmentation (the recipe itself is tested in nbs/data/06_augmentation.ipynb)"
 import pickle
 import random
 from functools import partial
@@ -14,7 +14,7 @@ from umt.data import emoji_motion, emoji_scenes
 from umt.data.augmentation import Mixup, RandAugment, RandomErasing, crop_views, finetune_transform
 from umt.core.seeds import seeded
 from umt.data.media import VideoDataset, collate
-from umt.data.pairs import pair_transform
+from umt.data.transforms import pair_transform
 from umt.data.tables import read_manifest
 from umt.data.transforms import (
     CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, denormalize, eval_transform, normalize_video, pretrain_transform)

@@ -20,8 +20,10 @@ from umt.data.captions import read_captions, share_ids, write_captions
 from umt.data.corpora import Corpus, build_corpora, find_corpora, read_published
 from umt.data.media import DataError, Quarantine
 from umt.data.shards import write_shards
-from umt.data.tables import ManifestError, json_rows
-from umt.data.pairs import ImageError, MixedSampler, PairDataset, collate_pairs, pair_transform, read_image
+from umt.data.rows import ManifestError, json_rows
+from umt.data.images import ImageError, read_image
+from umt.data.pairs import MixedSampler, PairDataset, collate_pairs
+from umt.data.transforms import pair_transform
 from umt.data.transforms import denormalize
 from umt.data.video import LinkError
 

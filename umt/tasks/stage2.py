@@ -27,7 +27,8 @@ from ..core.seeds import seeded
 from ..data.corpora import build_corpora, find_corpora
 from ..data.emoji_motion import emoji_motion_missing, make_emoji_motion
 from ..data.galleries import Gallery, GalleryDataset, existing_videos, read_gallery
-from ..data.pairs import MixedSampler, PairDataset, collate_pairs, pair_transform
+from ..data.pairs import MixedSampler, PairDataset, collate_pairs
+from ..data.transforms import pair_transform
 from ..data.transforms import normalize_video
 from ..models.backbone import compile_blocks, positions_for
 from ..models.masking import Visible, make_mask
