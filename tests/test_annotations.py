@@ -8,7 +8,7 @@ from pyarrow import parquet
 
 from umt.data import emoji_motion, emoji_scenes
 from umt.data.annotations import ANNOTATION_FORMATS, existing_clips, read_annotations, read_classes
-from umt.data.media import VideoDataset
+from umt.data.media import MediaDataset
 from umt.data.shards import read_shards, write_shards
 from umt.data.tables import ManifestError, read_manifest
 
@@ -186,7 +186,7 @@ def test_from_annotations_to_samples(write, tmp_path):
     for i in (0, 2): emoji_motion.write_mp4(tmp_path/'clips'/train.name(i), emoji_scenes.render(specs[i]), fps=6)
     found, missing = existing_clips(train)
     assert missing == ['yt000000001_000001_000011.mp4']
-    samples = [VideoDataset(found, 2)[0, i] for i in range(2)]
+    samples = [MediaDataset(found, 2)[0, i] for i in range(2)]
     assert [names[sample['label']] for sample in samples] == [specs[0].lead.action, specs[2].lead.action]
     assert samples[0]['video'].shape == (2, 3, 48, 48)
     shards = read_shards(write_shards(found, tmp_path/'shards'))

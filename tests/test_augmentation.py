@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from umt.data import emoji_motion, emoji_scenes
 from umt.data.augmentation import Mixup, RandAugment, RandomErasing, crop_views, finetune_transform
 from umt.core.seeds import seeded
-from umt.data.media import VideoDataset, collate
+from umt.data.media import MediaDataset, collate
 from umt.data.transforms import pair_transform
 from umt.data.tables import read_manifest
 from umt.data.transforms import (
@@ -88,7 +88,7 @@ def test_repeated_augmentation(tmp_path):
     emoji_motion.write_mp4(tmp_path/'a.mp4', emoji_scenes.render(spec), fps=12)
     (tmp_path/'list.csv').write_text('a.mp4,3\n')
     manifest = read_manifest(tmp_path/'list.csv')
-    def batch(**options): return collate([VideoDataset(manifest, 4, num_sample=2, **options)[0, 0]])['video']
+    def batch(**options): return collate([MediaDataset(manifest, 4, num_sample=2, **options)[0, 0]])['video']
     transform, python, numpy = finetune_transform(32), random.getstate(), np.random.get_state()
     first = batch(transform=transform)
     assert first.shape == (2, 3, 4, 32, 32) and not torch.equal(*first)

@@ -22,7 +22,7 @@ from umt.data.media import DataError, Quarantine
 from umt.data.shards import write_shards
 from umt.data.rows import ManifestError, json_rows
 from umt.data.images import ImageError, read_image
-from umt.data.pairs import MixedSampler, PairDataset, collate_pairs
+from umt.data.media import MediaDataset, StepSampler, collate
 from umt.data.transforms import pair_transform
 from umt.data.transforms import denormalize
 from umt.data.video import LinkError
@@ -60,12 +60,13 @@ def encode(caption): return torch.tensor([101, *(len(word) for word in caption.s
 def pairs(root, **options):
     stills, clips = (read_captions(root/name) for name in ('captions_stills_train.json', 'captions_train.json'))
     transform = pair_transform(32, flip=False)
-    return PairDataset({'image': [stills], 'video': [clips]}, 4, encode, transform, seed=3, **options)
+    corpora = {'image': [stills], 'video': [clips]}
+    return MediaDataset(corpora, 4, 'rand', transform, 3, encode=encode, **options)
 
 
 def run(data, workers=0, **options):
-    sampler = MixedSampler(data.media.values(), 4, seed=3, **{'epochs': 2, **options})
-    return list(DataLoader(data, batch_sampler=sampler, collate_fn=collate_pairs, num_workers=workers))
+    sampler = StepSampler(data.media.values(), 4, seed=3, **{'epochs': 2, **options})
+    return list(DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=workers))
 
 
 def assert_same(a, b):
@@ -115,10 +116,10 @@ def test_failures_reach_the_quarantine_once_per_file(damaged):
 
 
 def test_giving_up_lists_what_was_tried(damaged):
-    with pytest.raises(DataError, match='none of 1 pairs could be decoded:\n.*train_000003.jpg: ImageError'):
+    with pytest.raises(DataError, match='none of 1 clips could be decoded:\n.*train_000003.jpg: ImageError'):
         pairs(damaged, tries=1)[0, 3]
     for f in damaged.glob('images/train/*'): f.write_bytes(b'')
-    with pytest.raises(DataError, match='none of 10 pairs'): pairs(damaged)[0, 0]
+    with pytest.raises(DataError, match='none of 10 clips'): pairs(damaged)[0, 0]
 
 
 def test_workers_and_resuming_do_not_change_a_bit(damaged):
@@ -134,7 +135,7 @@ def test_captions_are_drawn_evenly_and_transforms_keep_the_global_generator(emoj
     torch.manual_seed(5)
     expected = torch.rand(4)
     torch.manual_seed(5)
-    drawn = Counter(data.load(epoch, STILLS)['caption'] for epoch in range(40))
+    drawn = Counter(data.load(epoch, STILLS)[0]['caption'] for epoch in range(40))
     assert torch.equal(torch.rand(4), expected)
     assert len(drawn) == 4 and min(drawn.values()) > 3
     assert len({data[0, i]['key'] for i in range(len(data))}) == len(data)
@@ -146,12 +147,12 @@ def test_captions_are_drawn_evenly_and_transforms_keep_the_global_generator(emoj
 def test_order_depends_on_seed_and_step_alone(world_size, accumulate):
     media = [range(0, 90), range(90, 131)]
     def steps(seed=0, start=0):
-        def of_rank(rank): return MixedSampler(media, 8, seed, rank, world_size, accumulate, start, epochs=3)
+        def of_rank(rank): return StepSampler(media, 8, seed, rank, world_size, accumulate, start, epochs=3)
         ranks = [list(of_rank(rank)) for rank in range(world_size)]
         micro = [sum((ranks[r][m] for r in range(world_size)), []) for m in range(len(ranks[0]))]
         return [sum(micro[at:at + accumulate], []) for at in range(0, len(micro), accumulate)]
     whole = steps()
-    assert whole == list(MixedSampler(media, 8, epochs=3)) and whole != steps(seed=1)
+    assert whole == list(StepSampler(media, 8, epochs=3)) and whole != steps(seed=1)
     for start in (1, 17, 20, 47): assert steps(start=start) == whole[start:]
     for step in whole: assert len({i < 90 for _, i in step}) == 1 and len({e for e, _ in step}) == 1
     for epoch in range(3):
@@ -161,15 +162,15 @@ def test_order_depends_on_seed_and_step_alone(world_size, accumulate):
 
 
 def test_media_are_mixed_in_proportion():
-    sampler = MixedSampler([range(0, 8000), range(8000, 10000)], 8)
+    sampler = StepSampler([range(0, 8000), range(8000, 10000)], 8, epochs=1)
     order = sampler.media_order(0)
     assert torch.bincount(order).tolist() == [1000, 250] == sampler.steps_of
     assert all(30 < n < 75 for n in order.view(5, 250).sum(1).tolist()), 'not one after the other'
     assert not torch.equal(order, sampler.media_order(1))
-    assert torch.equal(order, MixedSampler([range(0, 8000), range(8000, 10000)], 8).media_order(0))
-    with pytest.raises(ValueError, match='2 processes x 3'): MixedSampler([range(100)], 8, world_size=2, accumulate=3)
-    with pytest.raises(ValueError, match='expected 1 to 5, all pairs of the smallest'):
-        MixedSampler([range(100), range(100, 105)], 8)
+    assert torch.equal(order, StepSampler([range(0, 8000), range(8000, 10000)], 8, epochs=1).media_order(0))
+    with pytest.raises(ValueError, match='2 processes x 3'): StepSampler([range(100)], 8, world_size=2, accumulate=3, epochs=1)
+    with pytest.raises(ValueError, match='expected 1 to 5, all samples of the smallest'):
+        StepSampler([range(100), range(100, 105)], 8, epochs=1)
 
 
 # ---- ids
@@ -190,7 +191,7 @@ def test_ids_are_of_media_over_all_corpora(emoji, tmp_path):
     same_name = read_captions(tmp_path/'a.json', tmp_path)
     clips = read_captions(emoji/'captions_train.json')
     assert by_folder.ids.tolist() == [0, 1, 0]
-    data = PairDataset(dict(video=[clips], image=[stills, by_folder, absolute, same_name]), 4, encode)
+    data = MediaDataset(dict(video=[clips], image=[stills, by_folder, absolute, same_name]), 4, encode=encode)
     ids = [m.ids.tolist() for m in data.corpora]
     assert ids == [list(range(16)), [5, 1, 5], [5, 1], [16, 17, 16], list(range(18, 30))]
     assert data.media == dict(image=range(24), video=range(24, 36)) and data.place(23)[1:] == (data.corpora[3], 2)
@@ -309,7 +310,7 @@ def test_links_out_of_the_root_are_refused(emoji, tmp_path):
     (tmp_path/'in').mkdir()
     (tmp_path/'in/a.jpg').symlink_to(emoji/'images/train/train_000000.jpg')
     (tmp_path/'in/a.json').write_text(json.dumps([dict(image='a.jpg', caption='x')]))
-    data = PairDataset({'image': [read_captions(tmp_path/'in/a.json')]}, 1, encode)
+    data = MediaDataset({'image': [read_captions(tmp_path/'in/a.json')]}, 1, encode=encode)
     with pytest.raises(LinkError, match='outside the root'): data.load(0, 0)
     with pytest.raises(DataError, match='a.jpg: LinkError'): data[0, 0]
 
@@ -321,7 +322,7 @@ def test_shards_hold_the_same_pairs(emoji, tmp_path, kind):
     plain = read_captions(emoji/kind)
     packed = read_captions(write_shards(plain, tmp_path/'shards', max_clips=5))
     medium = 'video' if kind == 'captions_train.json' else 'image'
-    a, b = (PairDataset({medium: [m]}, 4, encode, pair_transform(32)) for m in (plain, packed))
+    a, b = (MediaDataset({medium: [m]}, 4, 'rand', pair_transform(32), encode=encode) for m in (plain, packed))
     for i in range(len(a)):
         x, y = a[1, i], b[1, i]
         assert torch.equal(x['video'], y['video']) and all(x[k] == y[k] for k in ('caption', 'sample_id', 'key'))
@@ -350,8 +351,8 @@ def test_shards_of_downloads_and_their_index(emoji, tmp_path, caplog, monkeypatc
     m = read_captions(tmp_path, first_id=10)
     assert rows(m) == [(f'0000{i // 3}.tar/{i:09d}.jpg', [f'still {i}'], 10 + i) for i in range(5)]
     assert '1 of 6 rows have no caption' in caplog.text
-    data = PairDataset(dict(image=[m]), 1, encode)
-    assert torch.equal(data.load(0, 4)['video'], read_image(emoji/'images/train/train_000004.jpg'))
+    data = MediaDataset(dict(image=[m]), 1, encode=encode)
+    assert torch.equal(data.load(0, 4)[0]['video'], read_image(emoji/'images/train/train_000004.jpg'))
     before = (tmp_path/'captions.index.parquet').stat().st_mtime_ns
     with monkeypatch.context() as patch:
         patch.setattr(captions, 'shard_members', lambda *_: pytest.fail('reads a shard again'))
@@ -499,7 +500,7 @@ def test_images_need_no_ending(emoji, tmp_path):
     (tmp_path/'1_23').write_bytes((emoji/'images/train/train_000000.jpg').read_bytes())
     (tmp_path/'a.json').write_text(json.dumps([dict(image='1_23', caption='x'), dict(image='1_24', caption='y')]))
     found = build_corpora('image:a.json', tmp_path)
-    assert torch.equal(PairDataset(found, 1, encode)[0, 0]['video'], read_image(emoji/'images/train/train_000000.jpg'))
+    assert torch.equal(MediaDataset(found, 1, encode=encode)[0, 0]['video'], read_image(emoji/'images/train/train_000000.jpg'))
     assert len(found['image'][0]) == 1
 
 
@@ -565,7 +566,7 @@ def test_training_crops_are_large_and_one_for_all_frames():
 def test_frames_are_those_of_the_reference_rule(emoji):
     "The last frame of an interval is never drawn: of 12 frames in 4 intervals, offsets 0 and 1."
     seen = Counter()
-    data = PairDataset(dict(video=[read_captions(emoji/'captions_train.json')]), 4, encode)
+    data = MediaDataset(dict(video=[read_captions(emoji/'captions_train.json')]), 4, 'rand', encode=encode)
     inner = data.choose
     data.choose = lambda length: [seen.update(chosen := inner(length)), chosen][1]
     for epoch in range(30): data.load(epoch, 0)

@@ -113,7 +113,7 @@ def test_stage2_step(stage2, multimodal, recorded):
 
 
 class Clips(Dataset):
-    "Decoded videos, as `umt.data.galleries.GalleryDataset` gives them"
+    "Decoded videos, as `umt.data.galleries.gallery_dataset` gives them"
     def __init__(self, videos): self.videos = videos
     def __len__(self): return len(self.videos)
     def __getitem__(self, position):

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from umt.core.config import UsageError, leaves, override
 from umt.data import emoji_motion
-from umt.data.labelled import ViewDataset, ViewsConfig, read_clips, read_test_clips
+from umt.data.labelled import read_clips, read_test_clips, view_dataset
 from umt.data.media import DataError
 from umt.data.tables import read_manifest
 from umt.data.transforms import normalize_video
@@ -235,7 +235,7 @@ def test_processes_share_an_evaluation(clips, fine, together, tmp_path):
     assert views_of(one, 'logits').shape == (7, 6, 3)
     assert_close(views_of(one, 'logits'), views_of(two, 'logits'), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(views_of(two, 'logits')[0], views_of(two, 'logits')[1], atol=1e-3)
-    data, model = ViewDataset(read_manifest(clips/'val.csv'), alone.data, alone.views), load_model(fine).eval()
+    data, model = view_dataset(read_manifest(clips/'val.csv'), alone.data, alone.views), load_model(fine).eval()
     with torch.no_grad(): expected = torch.stack([model(normalize_video(data[0, i]['video'])) for i in range(7)])
     assert_close(views_of(two, 'logits'), expected, rtol=1e-4, atol=1e-4)
     assert_close(views_of(two, 'probabilities'), expected.softmax(-1).mean(1), rtol=1e-4, atol=1e-5)
@@ -308,7 +308,7 @@ def test_networks_of_the_same_weights_are_told_apart(clips, tmp_path, one, two):
     data = read_test_clips(config)
     first, second = (Recognizer(3, image_size=48, num_frames=2, **SIZES['nano'] | changes) for changes in (one, two))
     second.load_state_dict(first.state_dict())
-    one, two = (dependencies(config, model, data.val) for model in (first, second))
+    one, two = (dependencies(config, model, data.val, config.views) for model in (first, second))
     assert one['weights'] == two['weights'] and one['model'] != two['model']
 
 

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 from umt.core.config import UsageError, leaves, override
 from umt.data import emoji_motion
-from umt.data.galleries import GALLERIES, GalleryDataset, read_gallery
+from umt.data.galleries import GALLERIES, gallery_dataset, read_gallery
+from umt.data.transforms import normalize_video
 from umt.data.media import DataError, TooManyBadClips
 from umt.data.tables import ManifestError
 from umt.models.multimodal import EncodedVideo, Multimodal
@@ -460,9 +461,10 @@ def test_a_training_runs_config_is_not_overwritten(clips, trained, tmp_path):
 
 def test_the_network_sees_the_middle_frames_and_the_whole_picture(clips, model):
     gallery = read_gallery('json', clips/'captions_test.json', clips)
-    dataset = GalleryDataset(gallery.manifest, 2, 64)
+    dataset = gallery_dataset(gallery.manifest, 2, 64)
     index = index_videos(model, gallery.manifest)
-    with torch.no_grad(): encoded = model.encode_video(torch.stack([dataset[0, i]['video'] for i in (0, 3)]))
+    shown = normalize_video(torch.stack([dataset[0, i]['video'] for i in (0, 3)]))
+    with torch.no_grad(): encoded = model.encode_video(shown)
     assert_close(index.embeddings[[0, 3]], model.embed_video(encoded.pooled).detach(), rtol=1e-4, atol=1e-5)
     assert_close(index.tokens[[0, 3]], encoded.tokens.half(), rtol=1e-3, atol=1e-3)
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'RunLocked', 'close_inherited_locks', 'lock_holder', 'open_lock', 'lock_run', 'CheckpointError',
            'save_checkpoint', 'checkpoint_fault', 'newest_checkpoint', 'own_copy', 'CheckpointWriter', 'DamagedRun',
-           'read_stored', 'stored_result', 'changed_fields', 'open_run', 'git_state', 'environment', 'record_start']
+           'read_stored', 'stored_result', 'changed_fields', 'open_run', 'git_state', 'environment', 'record_start',
+           'record_readers']
 
 # %% ../../nbs/core/05_runs.ipynb #50591519
 import fcntl
@@ -333,3 +334,13 @@ def record_start(
         logger.warning('%s; it is now %s', error, set_aside(path).name)
     start = {'start_step': step, 'processes': accelerator.num_processes, **environment(accelerator.device, numerics)}
     write_json(path, [*earlier, start])
+
+# %% ../../nbs/core/05_runs.ipynb #069997af
+def record_readers(
+    run: Path, # run directory, started
+    readers: dict[str, int], # which backend has read how many samples so far
+):
+    "Add what decodes the samples to the newest start in `environment.json`."
+    path = run / 'environment.json'
+    *earlier, newest = read_json(path, list)
+    write_json(path, [*earlier, newest | {'read_by': dict(readers)}])

@@ -260,7 +260,7 @@ def build_corpora(
     data_root: str | Path, # folder of data
     # pairs whose medium is not there: 'drop' them, 'keep' them (training replaces and counts them), or raise an 'error'
     missing: str = 'drop',
-) -> dict[str, list[Manifest]]: # 'image' and 'video' -> corpora of that medium, ids shared; what `PairDataset` takes
+) -> dict[str, list[Manifest]]: # 'image' and 'video' -> corpora of that medium, ids shared; what `MediaDataset` takes
     "Read corpora and log their sizes. `DataError` where nothing is left, or something is missing and may not"
     if missing not in ('drop', 'keep', 'error'):
         raise ValueError(f"missing {missing!r}: expected 'drop', 'keep' or 'error'")

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['TestClipsConfig', 'LabelledClipsConfig', 'ViewsConfig', 'LabelledList', 'read_list', 'check_labels', 'count_classes',
-           'view_indices', 'cut_views', 'ViewDataset', 'one_view', 'LabelledData', 'read_test_clips', 'train_transform',
-           'first_clips', 'read_clips']
+           'view_indices', 'cut_views', 'view_dataset', 'one_view', 'LabelledData', 'read_test_clips',
+           'train_transform', 'first_clips', 'read_clips']
 
 # %% ../../nbs/data/19_labelled.ipynb #1abe0003
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,7 +23,7 @@ from ..core.log import logger
 from .annotations import existing_clips, read_annotations
 from .augmentation import AugmentConfig, crop_views, finetune_transform
 from .emoji_motion import is_emoji_motion
-from .media import EvalDataset, VideoDataset
+from .media import LoaderConfig, MediaDataset
 from .sampling import check_sampling, frame_indices
 from .tables import Manifest
 from .transforms import pretrain_transform
@@ -142,20 +141,19 @@ def cut_views(
     return crops(frames).unflatten(2, (num_segments, -1)).permute(2, 0, 1, 3, 4, 5).flatten(0, 1)
 
 # %% ../../nbs/data/19_labelled.ipynb #1437305c
-class ViewDataset(EvalDataset):
-    "Clips with all their views, uint8 [views, 3, T, size, size]"
-    def __init__(self,
-        manifest: Manifest, # which clips
-        clips: TestClipsConfig, # num_frames, image_size
-        views: ViewsConfig, # how they are cut
-    ):
-        self.views = (views.num_segments, views.num_crops)
-        shape = (prod(self.views), 3, clips.num_frames, clips.image_size, clips.image_size)
-        choose = partial(
-            view_indices, num_frames=clips.num_frames, sampling=views.sampling, num_segments=views.num_segments)
-        crops = crop_views(clips.image_size, views.num_crops, normalize=False)
-        cut = partial(cut_views, crops=crops, num_segments=views.num_segments)
-        super().__init__(manifest, clips.num_frames, choose, cut, shape)
+def view_dataset(
+    manifest: Manifest, # which clips
+    clips: TestClipsConfig, # num_frames, image_size
+    views: ViewsConfig, # how they are cut
+    loader: LoaderConfig = LoaderConfig(), # backend, time limit of a clip
+) -> MediaDataset: # `video` is uint8 [views, 3, T, size, size], `shape` of the same
+    "Clips with all their views"
+    choose = partial(
+        view_indices, num_frames=clips.num_frames, sampling=views.sampling, num_segments=views.num_segments)
+    crops = crop_views(clips.image_size, views.num_crops, normalize=False)
+    cut = partial(cut_views, crops=crops, num_segments=views.num_segments)
+    shape = (views.num_segments * views.num_crops, 3, clips.num_frames, clips.image_size, clips.image_size)
+    return MediaDataset(manifest, clips.num_frames, choose, cut, shape=shape, loader=loader)
 
 def one_view(
     views: ViewsConfig, # of the test
@@ -166,15 +164,15 @@ def one_view(
 # %% ../../nbs/data/19_labelled.ipynb #c60de697
 class LabelledData(NamedTuple):
     "What a run works on."
-    train: VideoDataset | None # augmented training clips; None if nothing is trained
-    val: ViewDataset # the clips of the test
-    selection: ViewDataset | None # clips for the evaluations on the way, one view each
+    train: MediaDataset | None # augmented training clips; None if nothing is trained
+    val: MediaDataset # the clips of the test
+    selection: MediaDataset | None # clips for the evaluations on the way, one view each
     names: list[str] | None # class names, if they are known
     num_classes: int | None # None: as many as the model has
     missing: list[str] # paths of test clips that are not there
 
 def read_test_clips(
-    config: Config, # data, views
+    config: Config, # data, views, loader
     names: list[str] | None = None, # of the classes, if they are known from the training list
     num_classes: int | None = None, # of the training list
 ) -> LabelledData:
@@ -186,7 +184,8 @@ def read_test_clips(
             f'{clips.val_list}: {len(found.names)} class names, but num_classes is {count}; see data.classes')
     count = count or (len(found.names) if found.names else None)
     if count: check_labels(found.manifest, count, clips.val_list)
-    return LabelledData(None, ViewDataset(found.manifest, clips, config.views), None, found.names, count, found.missing)
+    val = view_dataset(found.manifest, clips, config.views, config.loader)
+    return LabelledData(None, val, None, found.names, count, found.missing)
 
 # %% ../../nbs/data/19_labelled.ipynb #778be216
 def train_transform(
@@ -212,7 +211,7 @@ def first_clips(
 
 # %% ../../nbs/data/19_labelled.ipynb #778be217
 def read_clips(
-    config: Config, # seed, data, augment, views
+    config: Config, # seed, data, augment, views, loader
     num_sample: int = 1, # augmentations of each training clip
 ) -> LabelledData:
     "Read the lists of training, selection and test. Raises as `read_list`; ValueError where labels do not fit."
@@ -221,11 +220,12 @@ def read_clips(
     count = count_classes(clips.num_classes, found, clips.train_list)
     transform = train_transform(config.augment, clips.image_size)
     manifest = first_clips(clips, found.manifest)
-    train = VideoDataset(manifest, clips.num_frames, clips.sampling, transform, config.seed, num_sample)
+    train = MediaDataset(
+        manifest, clips.num_frames, clips.sampling, transform, config.seed, num_sample=num_sample, loader=config.loader)
     test, selection = read_test_clips(config, found.names, count), None
     file, manifest = clips.val_list, test.val.manifest
     if clips.selection_list:
         file, manifest = clips.selection_list, read_list(clips, clips.selection_list, found.names).manifest
         check_labels(manifest, count, file)
-    if (manifest.labels >= 0).all(): selection = ViewDataset(manifest, clips, one_view(config.views))
+    if (manifest.labels >= 0).all(): selection = view_dataset(manifest, clips, one_view(config.views), config.loader)
     return test._replace(train=train, selection=selection, num_classes=count, names=found.names)

@@ -162,7 +162,7 @@ def data_parts(
     n, where = machine.batch_size, [i % len(dataset) for i in range(machine.batch_size)]
     def decode():
         for i in where:
-            with dataset.manifest.file(i) as path: read_frames(path, dataset.choose, dataset.backend)
+            read_frames(dataset.manifest.source(i), dataset.choose, config.loader.backend)
     def sample():
         for i in where: dataset[0, i]
     return [Part('decode', decode, n, None), Part('decode and transform', sample, n, None)]

@@ -8,7 +8,6 @@ __all__ = ['NO_EFFECT', 'Predictions', 'predict', 'clip_probabilities', 'scores'
 
 # %% ../../nbs/tasks/01_evaluators.ipynb #2066050a
 import json, os
-from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 # %% ../../nbs/tasks/01_evaluators.ipynb #ae8c03b5
 from ..core.config import Config
 from ..core.files import complete
-from ..data.labelled import LabelledData, ViewDataset, one_view
+from ..data.labelled import LabelledData, ViewsConfig, one_view, view_dataset
+from ..data.media import MediaDataset
 from ..data.shards import ShardManifest
 from ..data.tables import Manifest, absolute_path
 from ..data.transforms import normalize_video
@@ -40,7 +40,7 @@ class Predictions(NamedTuple):
 
 def predict(
     model: nn.Module, # a recogniser
-    dataset: ViewDataset, # which clips and views
+    dataset: MediaDataset, # which clips and views, see `view_dataset`
     config: Config, # views.batch_size, device.precision, loader, data.missing
     features: bool = False, # what goes into the classifier instead of what comes out?
 ) -> Predictions:
@@ -50,7 +50,7 @@ def predict(
     def forward(video):
         if not features: return model(video)
         return model.forward_head(model.forward_features(video), pre_logits=True)
-    size, title = max(1, config.views.batch_size // prod(dataset.views)), 'features' if features else 'evaluation'
+    size, title = max(1, config.views.batch_size // dataset.shape[0]), 'features' if features else 'evaluation'
     for batch in eval_batches(dataset, size, config.loader, accelerator, failures, title):
         video = normalize_video(batch['video'])
         with torch.inference_mode(), autocast_as(config.device.precision, accelerator.device):
@@ -119,7 +119,8 @@ NO_EFFECT = ('checkpoint_blocks', 'drop_path', 'init_scale') # of a model's conf
 def dependencies(
     config: Config, # data, views, device.precision
     model: nn.Module, # the network
-    dataset: ViewDataset, # the clips and views
+    dataset: MediaDataset, # the clips
+    views: ViewsConfig, # and how they are cut
 ) -> dict[str, Any]: # JSON
     "All that the outputs of a network depend on, for `cached_evaluation`."
     clips, manifest = config.data, dataset.manifest
@@ -129,8 +130,8 @@ def dependencies(
     return dict(
         weights=weights_hash(model.state_dict()),
         model=dict(kind=type(model).__name__) | network,
-        protocol=dict(num_frames=clips.num_frames, image_size=clips.image_size, sampling=config.views.sampling,
-                      segments=dataset.views[0], crops=dataset.views[1], precision=config.device.precision),
+        protocol=dict(num_frames=clips.num_frames, image_size=clips.image_size, sampling=views.sampling,
+                      segments=views.num_segments, crops=views.num_crops, precision=config.device.precision),
         clips=dict(list=json_hash(listed), file_sizes=json_hash(file_sizes(manifest)), missing=clips.missing))
 
 # %% ../../nbs/tasks/01_evaluators.ipynb #06225ecb
@@ -143,22 +144,23 @@ def evaluate(
     """Evaluate, or return the same evaluation if it is already in `run_dir` (`evaluation.json`, beside
     `predictions.parquet`); collective. Raises what `predict` raises, and ValueError if another evaluation is there."""
     dataset, path = data.val, Path(config.run_dir)/'predictions.parquet'
+    cuts = config.views.num_segments, config.views.num_crops
     def compute():
         logits, places, failures = predict(model, dataset, config)
         if logits is None: return None
         manifest = dataset.manifest.subset(places)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_predictions(path, manifest, logits, dataset.views, data.names)
+        write_predictions(path, manifest, logits, cuts, data.names)
         left_out = [dict(path=name, reason='not there') for name in data.missing]
         left_out += [dict(path=name, reason=reason) for _, name, reason in failures]
         return scores(clip_probabilities(logits), torch.tensor(manifest.labels)) | dict(
-            segments=dataset.views[0], crops=dataset.views[1], left_out=left_out, num_left_out=len(left_out),
+            segments=cuts[0], crops=cuts[1], left_out=left_out, num_left_out=len(left_out),
             **about or {})
-    return cached_evaluation(config.run_dir, dependencies(config, model, dataset), compute)
+    return cached_evaluation(config.run_dir, dependencies(config, model, dataset, config.views), compute)
 
 def accuracy(
     model: nn.Module, # a recogniser
-    dataset: ViewDataset, # labelled clips
+    dataset: MediaDataset, # labelled clips, see `view_dataset`
     config: Config, # as for `predict`
 ) -> dict[str, float] | None: # top1, top5; None except on the main process
     "An evaluation on the way; collective. Raises as `predict`."
@@ -175,8 +177,9 @@ def extract_features(
 ) -> dict[str, Tensor]: # features float32 [clips, D], label, sample_id
     "Features of one centre view per clip; read if they are in the run directory. Collective. Raises as `predict`."
     path = Path(config.run_dir)/'features.safetensors'
-    dataset = ViewDataset(manifest, config.data, one_view(config.views))
-    about = dependencies(config, model, dataset)
+    views = one_view(config.views)
+    dataset = view_dataset(manifest, config.data, views, config.loader)
+    about = dependencies(config, model, dataset, views)
     encoder = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith('head.')}
     made_from = json_hash(about | dict(weights=weights_hash(encoder)))
     def stored():

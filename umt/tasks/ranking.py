@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/tasks/06_ranking.ipynb #fcee7495
 from ..core.config import Config, free, option
-from ..data.galleries import Gallery, GalleryDataset
+from ..data.galleries import Gallery, gallery_dataset
 from ..data.media import LoaderConfig
 from ..data.tables import Manifest
 from ..data.transforms import normalize_video
@@ -150,7 +150,7 @@ def index_videos(
     accelerator, config = accelerator or start_accelerator(), config or RankingConfig()
     scoring, dataset, student = config.scoring, videos, model.config.get('student')
     if isinstance(videos, Manifest):
-        dataset = GalleryDataset(videos, student['num_frames'], student['image_size'], normalize=False)
+        dataset = gallery_dataset(videos, student['num_frames'], student['image_size'], loader=config.loader)
     places = range(len(dataset))[accelerator.process_index::accelerator.num_processes]
     dtype = torch.float16 if scoring.half else torch.float32
     embeddings, rows, done, failures = [torch.empty(0, 1, model.config['embed_dim'])], torch.empty(0, 0, 0), 0, []

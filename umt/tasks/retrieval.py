@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from ..core.config import Config, FilePath, free, option, override
 from ..core.files import complete
 from ..core.log import logger
-from ..data.galleries import Gallery, GalleryDataset, describe_gallery, existing_videos, read_gallery
+from ..data.galleries import Gallery, describe_gallery, existing_videos, gallery_dataset, read_gallery
 from ..models.backbone import compile_blocks
 from ..models.fitting import fit_to
 from ..models.multimodal import Multimodal
@@ -176,8 +176,8 @@ def evaluate(
     `rank_gallery`."""
     run_dir, videos = Path(config.run_dir), config.data
     def compute():
-        dataset = GalleryDataset(
-            data.gallery.manifest, videos.num_frames, videos.image_size, videos.trim, normalize=False)
+        dataset = gallery_dataset(
+            data.gallery.manifest, videos.num_frames, videos.image_size, videos.trim, config.loader)
         ranked = rank_gallery(
             model, dataset, data.gallery, data.tokenizer, config.text.max_length, config, videos.missing)
         if not ranked: return None

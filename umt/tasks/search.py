@@ -64,8 +64,7 @@ def show_hits(
     fig, axes = plt.subplots(len(hits), num_frames, figsize=size, dpi=60, squeeze=False)
     for row, hit in zip(axes, hits):
         def choose(length): return middle_indices(length, num_frames)
-        with index.manifest.file(hit.index) as path: frames = read_frames(path, choose)
-        for ax, frame in zip(row, frames):
+        for ax, frame in zip(row, read_frames(index.manifest.source(hit.index), choose)):
             ax.imshow(frame.permute(1, 2, 0).numpy())
             ax.axis('off')
         row[0].set_title(f'{hit.score:.2f}  {hit.path}', fontsize=8, loc='left')

@@ -24,7 +24,7 @@ from ..core.config import Config, FilePath, free, option, override
 from ..core.ledger import a100_hours, count_flops, count_parameters
 from ..core.seeds import seeded
 from ..data.emoji_motion import emoji_motion_missing, make_emoji_motion
-from ..data.media import EvalDataset, VideoDataset
+from ..data.media import MediaDataset
 from ..data.sampling import check_sampling
 from ..data.tables import read_manifest
 from ..data.transforms import denormalize, normalize_video, pretrain_transform
@@ -111,8 +111,8 @@ PRESETS = dict(
 # %% ../../nbs/tasks/02_stage1.ipynb #34794971
 class Stage1Data(NamedTuple):
     "What a run works on."
-    train: VideoDataset # training clips
-    val: EvalDataset | None # clips for the evaluations on the way
+    train: MediaDataset # training clips
+    val: MediaDataset | None # clips for the evaluations on the way
 
 def read_clips(
     config: Stage1Config, # of the run
@@ -121,12 +121,14 @@ def read_clips(
     clips, frames, size = config.data, config.data.num_frames, config.data.image_size
     def manifest(name): return read_manifest(Path(clips.root)/name, root=clips.root)
     transform, still = (pretrain_transform(size, flip=flip, normalize=False) for flip in (clips.flip, False))
-    train = VideoDataset(
-        manifest(clips.train_list), frames, clips.sampling, transform, config.seed, config.loop.num_sample)
+    train = MediaDataset(
+        manifest(clips.train_list), frames, clips.sampling, transform, config.seed,
+        num_sample=config.loop.num_sample, loader=config.loader)
     check_batch(config, len(train))
     if not clips.val_list: return Stage1Data(train, None)
     shape = (3, frames, size, size)
-    val = EvalDataset(manifest(clips.val_list), frames, clips.sampling, still, shape, config.seed)
+    val = MediaDataset(
+        manifest(clips.val_list), frames, clips.sampling, still, config.seed, shape=shape, loader=config.loader)
     return Stage1Data(train, val)
 
 # %% ../../nbs/tasks/02_stage1.ipynb #44667a2e
@@ -199,7 +201,7 @@ def mean_cosine(
     model: nn.Module, # the student, in evaluation mode
     config: Stage1Config, # of the run
     teacher: Teacher, # on the device
-    dataset: EvalDataset, # validation clips
+    dataset: MediaDataset, # validation clips
 ) -> dict[str, float] | None: # cosine; None except on the main process
     "How well the student agrees with its teacher on unseen clips; collective. Raises as `agree_on_failures`."
     accelerator, size, rows, failures = start_accelerator(), config.loop.micro_batch_size or 16, [], []

@@ -26,10 +26,9 @@ from ..core.ledger import a100_hours, count_flops, count_parameters
 from ..core.seeds import seeded
 from ..data.corpora import build_corpora, find_corpora
 from ..data.emoji_motion import emoji_motion_missing, make_emoji_motion
-from ..data.galleries import Gallery, GalleryDataset, existing_videos, read_gallery
-from ..data.pairs import MixedSampler, PairDataset, collate_pairs
-from ..data.transforms import pair_transform
-from ..data.transforms import normalize_video
+from ..data.galleries import Gallery, existing_videos, gallery_dataset, read_gallery
+from ..data.media import MediaDataset, StepSampler, collate
+from ..data.transforms import normalize_video, pair_transform
 from ..models.backbone import compile_blocks, positions_for
 from ..models.masking import Visible, make_mask
 from ..models.multimodal import Multimodal, freeze_unused, multimodal_from
@@ -49,7 +48,7 @@ from ..training.session import Evaluator
 # %% ../../nbs/tasks/09_stage2.ipynb #79a8cd90
 class Stage2Data(NamedTuple):
     "What a run works on."
-    train: PairDataset # images and videos with their sentences
+    train: MediaDataset # images and videos with their sentences
     tokenizer: Tokenizer # of the text model
     gallery: Gallery | None # for the evaluations on the way
 
@@ -60,9 +59,9 @@ def read_pairs(
     pairs, tokenizer = config.data, Tokenizer(config.text.name, config.text.sep)
     transform = pair_transform(
         pairs.image_size, scale=pairs.crop_scale, flip=pairs.flip, antialias=pairs.antialias, normalize=False)
-    train = PairDataset(
-        build_corpora(pairs.corpora, pairs.root, pairs.missing), pairs.num_frames,
-        partial(tokenizer.encode, max_length=pairs.max_length), transform, config.seed, pairs.sampling)
+    train = MediaDataset(
+        build_corpora(pairs.corpora, pairs.root, pairs.missing), pairs.num_frames, pairs.sampling, transform,
+        config.seed, encode=partial(tokenizer.encode, max_length=pairs.max_length), loader=config.loader)
     for medium, indices in train.media.items():
         if len(indices) < config.loop.batch_size:
             raise ValueError(f'{len(indices)} {medium}s, fewer than batch_size {config.loop.batch_size}')
@@ -72,12 +71,12 @@ def read_pairs(
 
 # %% ../../nbs/tasks/09_stage2.ipynb #2af38dbc
 def collate_masked_pairs(
-    samples: list[dict], # of a `PairDataset`
+    samples: list[dict], # of a `MediaDataset` with sentences
     tokenizer: Tokenizer, # of the text model
     word_ratio: float, # share of the words that are to be guessed
 ) -> dict: # video, input_ids, attention_mask, mlm_ids, mlm_positions, mlm_labels, sample_id, key, failures
     "A batch with its masked words."
-    batch = collate_pairs(samples, tokenizer.pad_id)
+    batch = collate(samples, tokenizer.pad_id)
     del batch['captions']
     return mask_captions(batch, tokenizer.vocab_size, tokenizer.cls_id, tokenizer.mask_id, word_ratio)
 
@@ -308,7 +307,7 @@ def gallery_evaluator(
 ) -> Evaluator:
     "Retrieval as a figure for the training loop; collective."
     pairs, rerank = config.data, config.objectives.vtm_weight > 0
-    videos = GalleryDataset(data.gallery.manifest, pairs.num_frames, pairs.image_size, normalize=False)
+    videos = gallery_dataset(data.gallery.manifest, pairs.num_frames, pairs.image_size, loader=config.loader)
     def evaluate(model):
         ranked = rank_gallery(
             model, videos, data.gallery, data.tokenizer, pairs.max_length, config, missing='drop', rerank=rerank)
@@ -351,7 +350,7 @@ class Stage2(Task):
             model=model, dataset=data.train, loss_fn=loss_fn,
             frozen=(teacher,) if teacher else (), param_groups=param_groups(config.optimizer, model),
             flops_per_sample=sum(flops[medium] * n for medium, n in sizes.items()) / sum(sizes.values()),
-            make_sampler=partial(MixedSampler, data.train.media.values()),
+            make_sampler=partial(StepSampler, data.train.media.values()),
             collate_fn=partial(collate_masked_pairs, tokenizer=data.tokenizer, word_ratio=config.masks.word_ratio),
             evaluator=gallery_evaluator(config, data) if data.gallery else None)
 

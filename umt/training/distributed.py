@@ -163,7 +163,7 @@ def load_flat_state(
 
 # %% ../../nbs/training/01_distributed.ipynb #c356373c
 def gather_rows(
-    rows: Tensor, # [this process's clips, ...], as `EvalSampler` deals them
+    rows: Tensor, # [this process's clips, ...], as `evaluation_order` deals them
     accelerator: Accelerator, # of `start_accelerator`
 ) -> Tensor | None: # [clips, ...] in the data set's order; None except on the main process
     "Bring the rows of all processes together; collective."

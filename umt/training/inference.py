@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 # %% ../../nbs/training/05_inference.ipynb #5f1e0004
 from ..core.log import logger
 from ..core.signals import shut_down_workers, worker_init
-from ..data.media import DataError, EvalSampler, LoaderConfig, TooManyBadClips, collate, list_failures
+from ..data.media import LoaderConfig, TooManyBadClips, collate, evaluation_order, list_failures
+from ..data.tables import DataError
 
 # %% ../../nbs/training/05_inference.ipynb #5f1e0007
 Failure = tuple[int, str, str] # sample id, path, reason
@@ -34,13 +35,14 @@ def eval_batches(
     "This process's share of a data set, every clip once, in order."
     rank, device, workers = accelerator.process_index, accelerator.device, config.num_workers
     loader = DataLoader(
-        dataset, batch_sampler=EvalSampler(len(dataset), batch_size, rank, accelerator.num_processes),
+        dataset, batch_sampler=evaluation_order(len(dataset), batch_size, rank, accelerator.num_processes),
         num_workers=workers, collate_fn=collate, worker_init_fn=worker_init, timeout=config.timeout if workers else 0,
         pin_memory=device.type == 'cuda')
     batches = iter(loader)
     try:
         for batch in tqdm(batches, title, len(loader), disable=rank > 0 or not sys.stderr.isatty()):
             failures += batch.pop('failures')
+            batch.pop('read_by', None)
             yield send_to_device(batch, device, non_blocking=True)
     finally: shut_down_workers(batches) # whatever has happened
 

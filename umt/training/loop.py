@@ -8,6 +8,7 @@ __all__ = ['train_step', 'catch_up', 'log_step', 'undisturbed', 'validate', 'sav
 
 # %% ../../nbs/training/04_loop.ipynb #8c2d0003
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -26,7 +27,7 @@ from ..core.config import config_dict, override
 from ..core.files import complete, file_hash, read_json, write_json
 from ..core.ledger import matmul_rate, peak_memory, power_draw, restart_peak_memory
 from ..core.log import is_main_process, logger
-from ..core.runs import CheckpointError, lock_run, open_run
+from ..core.runs import CheckpointError, lock_run, open_run, record_readers
 from ..core.seeds import sample_key
 from ..core.signals import Preempted, stop_signals
 from ..data.media import collate
@@ -65,6 +66,9 @@ def catch_up(
     s.guard.check()
     s.quarantine.update(gather_object(s.feed.failures))
     s.feed.failures = []
+    readers = sum(gather_object([s.feed.read_by]), Counter())
+    if s.accelerator.is_main_process and readers.keys() - s.readers.keys(): record_readers(s.run, readers)
+    s.readers = readers
 
 # %% ../../nbs/training/04_loop.ipynb #287b48bf
 def log_step(
@@ -175,7 +179,7 @@ def finish(
     weights, run = final_weights(s), s.run
     if s.accelerator.is_main_process:
         with complete(run/'model.safetensors') as temporary: save_file(unshared(weights), temporary)
-        result = {**record, **ledger(s, flops_per_sample, peak), 'quarantined': len(s.quarantine),
+        result = {**record, **ledger(s, flops_per_sample, peak), 'quarantined': len(s.quarantine), 'read_by': s.readers,
                   'model_sha256': file_hash(run/'model.safetensors'),
                   'selected': s.best or dict(step=s.steps, split=None)}
         write_json(run/'result.json', result)

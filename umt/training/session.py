@@ -7,6 +7,7 @@ __all__ = ['LoopConfig', 'ValidationConfig', 'TrainConfig', 'Evaluator', 'Sessio
 
 # %% ../../nbs/training/03_session.ipynb #5e550003
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -112,6 +113,7 @@ class Session:
     began: float = field(default_factory=time.perf_counter) # this process's clock at the start
     window: tuple[int, float, float] = (0, 0., 0.) # step, clock and data wait at the last log line
     power: list[float] = field(default_factory=list) # readings, watts
+    readers: Counter = field(default_factory=Counter) # what has read how many samples of this process's part of the run
 
     @property
     def samples_per_step(self) -> int: return self.config.loop.batch_size * self.config.loop.num_sample

@@ -7,7 +7,7 @@ __all__ = ['Feed', 'accumulate_gradients', 'update', 'NonfiniteError', 'Guard', 
 
 # %% ../../nbs/training/02_step.ipynb #7a1c0003
 import math, time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 # %% ../../nbs/training/02_step.ipynb #7a1c0004
@@ -32,12 +32,14 @@ class Feed:
         self.batches, self.device = iter(loader), device
         self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
         self.waited, self.sample_ids, self.failures = 0., [], []
+        self.read_by = Counter() # what has read how many samples
 
     def next(self) -> dict: # the next micro-batch
         "Wait for the next micro-batch and start copying it to the device."
         start = time.perf_counter()
         batch = next(self.batches)
         self.failures += batch.pop('failures', [])
+        self.read_by.update(batch.pop('read_by', []))
         self.sample_ids.append(batch['sample_id'])
         batch = self.to_device(batch)
         self.waited += time.perf_counter() - start
