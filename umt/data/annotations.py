@@ -21,7 +21,7 @@ import pyarrow as pa
 from ..core.config import did_you_mean
 from .formats import Format, find_format, format_names, read_json, read_text
 from .shards import ShardManifest
-from .rows import ManifestError
+from ..core.delimited import ManifestError
 from .tables import Manifest, absolute_path, check_row, make_manifest
 
 logger = logging.getLogger(__name__)
