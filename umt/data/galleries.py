@@ -6,12 +6,10 @@
 __all__ = ['GALLERIES', 'Gallery', 'read_gallery', 'existing_videos', 'describe_gallery', 'gallery_dataset']
 
 # %% ../../nbs/data/16_galleries.ipynb #5e7a5a72
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -21,123 +19,16 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/data/16_galleries.ipynb #2e159ef9
-from ..core.config import did_you_mean
+from ..core.delimited import ManifestError
 from .annotations import existing_clips
 from .captions import clean_text
+from .formats import find_format, format_names, read_text
 from .media import LoaderConfig, MediaDataset
-from .rows import file_rows
-from .tables import Manifest, ManifestError, check_row, make_manifest
+from .tables import Manifest, check_row, make_manifest
 from .transforms import pair_transform
 
-# %% ../../nbs/data/16_galleries.ipynb #fef4f715
-def _renamed(
-    file: Path, # CSV with a header, JSON, JSONL or Parquet
-    video: str, # its name for `video`
-    caption: str, # its name for `caption`
-) -> Iterator[tuple[int, dict | str]]: # (line, row or complaint)
-    "Rows that need no more than other names"
-    for line, row in file_rows(file, (video,), ','):
-        if isinstance(row, dict): row = {'video': row.get(video), 'caption': row.get(caption)}
-        yield line, row
-
-def _json(file): return _renamed(file, 'video', 'caption')
-
-# %% ../../nbs/data/16_galleries.ipynb #b8aa1ade
-def _object(
-    file: Path, # JSON
-    kind: type, # what it should be
-) -> dict | list:
-    "The content of a JSON file; `ManifestError` if it is something else"
-    try: content = json.loads(file.read_text(encoding='utf-8-sig'))
-    except ValueError as e: raise ManifestError(file, [(getattr(e, 'lineno', 1), f'not JSON: {e}')]) from e
-    if not isinstance(content, kind):
-        raise ManifestError(file, [(1, f'expected a JSON {"object" if kind is dict else "list"}')])
-    return content
-
-def _msrvtt(file):
-    if file.suffix.lower() != '.json': return _renamed(file, 'video_id', 'sentence')
-    sentences = _object(file, dict).get('sentences')
-    if not isinstance(sentences, list):
-        raise ManifestError(file, [(1, "expected an object with 'sentences', as in videodatainfo.json")])
-    return _grouped((n, row.get('video_id'), row.get('caption')) for n, row in enumerate(sentences, 1))
-
-# %% ../../nbs/data/16_galleries.ipynb #5eb81af9
-def _grouped(
-    rows: Iterable[tuple[int, str, str]], # (line, video, sentence)
-) -> Iterator[tuple[int, dict]]: # a row per video, with the line of its first sentence
-    "All sentences of a video together, videos in the order of their first ones"
-    videos = {}
-    for line, video, sentence in rows: videos.setdefault(video, (line, []))[1].append(sentence)
-    for video, (line, sentences) in videos.items(): yield line, {'video': video, 'caption': sentences}
-
-def _didemo(file):
-    moments = enumerate(_object(file, list), 1)
-    return _grouped((n, row.get('video'), row.get('description')) for n, row in moments)
-
-# %% ../../nbs/data/16_galleries.ipynb #5101f749
-def _activitynet(file):
-    "ActivityNet Captions: an object from the video's name to its sentences, in the order of their times"
-    for n, (video, about) in enumerate(_object(file, dict).items(), 1):
-        if isinstance(about, dict): yield n, {'video': video, 'caption': about.get('sentences')}
-        else: yield n, f'{video}: expected an object with sentences'
-
-def _lsmdc(file):
-    "LSMDC: clip, aligned start and end, extracted start and end, sentence, between tabs"
-    for n, line in enumerate(file.read_text(encoding='utf-8-sig', errors='replace').splitlines(), 1):
-        fields = line.split('\t')
-        if not line.strip() or fields[0] == '<CLIP_ID>': continue
-        if len(fields) == 6: yield n, {'video': fields[0].strip(), 'caption': fields[5].strip()}
-        else: yield n, f'expected 6 fields between tabs, found {line!r:.100}'
-
-# %% ../../nbs/data/16_galleries.ipynb #7833600b
-def _msvd_corpus(file):
-    "The original corpus, where some descriptions are empty"
-    rows = list(file_rows(file, ('VideoID',), ','))
-    def is_english(row): return isinstance(row, dict) and row.get('Language') == 'English' and row.get('Description')
-    def name(row): return '_'.join(str(row.get(part, '')) for part in ('VideoID', 'Start', 'End'))
-    yield from ((n, row) for n, row in rows if isinstance(row, str))
-    yield from _grouped((n, name(row), row['Description']) for n, row in rows if is_english(row))
-
-def _msvd(file):
-    if file.suffix.lower() == '.csv': return _msvd_corpus(file)
-    lines = enumerate(file.read_text(encoding='utf-8-sig', errors='replace').splitlines(), 1)
-    said = ((n, line) for n, line in lines if line.strip() and not line.startswith('#'))
-    return _grouped((n, *(line.split(None, 1) + [''])[:2]) for n, line in said)
-
-# %% ../../nbs/data/16_galleries.ipynb #5e5d11ab
-def _ssv2(
-    file: Path, # official annotations
-    caption: str, # 'label' or 'template'
-) -> Iterator[tuple[int, dict | str]]: # (line, row or complaint), one row per sentence
-    "SSV2: the videos of each sentence; a template without its brackets"
-    texts = {}
-    for line, row in file_rows(file, ('id',), ','):
-        text = row.get(caption) if isinstance(row, dict) else None
-        if isinstance(text, str):
-            _, videos = texts.setdefault(re.sub(r'[\[\]]', '', text), (line, []))
-            videos.append(str(row.get('id') or ''))
-        else: yield line, row if isinstance(row, str) else f'no {caption!r} in {str(row)[:100]}'
-    for text, (line, videos) in texts.items(): yield line, {'video': videos, 'caption': text}
-
 # %% ../../nbs/data/16_galleries.ipynb #3d4a1089
-@dataclass(frozen=True)
-class _Format:
-    "An annotation file, and the test set it describes"
-    rows: Callable[[Path], Iterable[tuple[int, dict | str]]] # reader
-    layout: str = '{video}' # of the clips, below the root
-    counts: tuple[int, int] | None = None # videos and texts of the usual test set
-
-_FORMATS = {
-    'json': _Format(_json),
-    'msrvtt': _Format(_msrvtt, '{video}.mp4', (1000, 1000)),
-    'didemo': _Format(_didemo, counts=(1004, 1004)),
-    'activitynet': _Format(_activitynet, '{video}.mp4', (4917, 4917)),
-    'lsmdc': _Format(_lsmdc, '{film}/{video}.avi', (1000, 1000)),
-    'msvd': _Format(_msvd, '{video}.avi', (670, 27763)),
-    'ssv2_label': _Format(partial(_ssv2, caption='label'), '{video}.webm'),
-    'ssv2_template': _Format(partial(_ssv2, caption='template'), '{video}.webm', (2088, 174)),
-}
-GALLERIES = tuple(_FORMATS)
+GALLERIES = format_names('retrieval')
 
 # %% ../../nbs/data/16_galleries.ipynb #1acb4151
 def _clip_path(
@@ -145,11 +36,13 @@ def _clip_path(
     layout: str, # format string
 ) -> str: # path below the root
     "Where a clip lies; `ValueError` for a name that is none, or a layout with unknown fields"
-    if not isinstance(video, str) or not video.strip(): raise ValueError(f'video {video!r}: expected a name')
+    if not isinstance(video, str) or not video.strip(): raise ValueError(f'video {video!r:.60}: expected a name')
     film = re.sub(r'_\d\d\.\d\d\.\d\d\.\d+-.*', '', video)
     known = {'video': video, 'stem': re.sub(r'\.\w{2,4}$', '', video), 'film': film}
     fields = {name for _, name, _, _ in Formatter().parse(layout) if name is not None}
     if not fields <= set(known): raise ValueError(f'layout {layout!r}: expected fields among {list(known)}')
+    ending = os.path.splitext(layout)[1] # some lists have the names with it
+    if layout.endswith(f'{{video}}{ending}') and video.endswith(ending): known['video'] = video.removesuffix(ending)
     return layout.format(**known)
 
 # %% ../../nbs/data/16_galleries.ipynb #e65edb08
@@ -192,8 +85,24 @@ def _row(
 def _names(
     file: str | Path, # a name per line
 ) -> dict[str, int]: # name -> line
-    lines = enumerate(Path(file).read_text().splitlines(), 1)
-    return {line.strip(): n for n, line in lines if line.strip()}
+    "`ManifestError` if there is none"
+    found = {name: n for n, line in enumerate(read_text(file).split('\n'), 1) if (name := line.strip())}
+    if not found: raise ManifestError(file, [(1, 'expected a name per line, found none')])
+    return found
+
+class _Places:
+    "Which video lies where; what follows a video's second mention is the same video"
+    def __init__(self, root: str):
+        self.root, self.index, self.names = root, {}, {}
+
+    def check(self, name: str, path: str):
+        "`ValueError` for a path that leads out of the root, or on which another video lies"
+        check_row({'path': path}, self.root, 'path', None)
+        if (other := self.names.setdefault(path, name)) != name:
+            raise ValueError(f'{path!r} is the place of two videos, {other!r} and {name!r}; give another layout')
+
+    def add(self, path: str) -> int: # its number
+        return self.index.setdefault(path, len(self.index))
 
 def read_gallery(
     kind: str, # of `GALLERIES`
@@ -205,26 +114,26 @@ def read_gallery(
 ) -> Gallery:
     """Read a test set. `ManifestError` lists every malformed row with its line (in JSON objects: its number), and names
     of `split` that no row has. `ValueError` for an unknown `kind`."""
-    if kind not in _FORMATS:
-        raise ValueError(f'annotations {kind!r}: expected one of {GALLERIES}{did_you_mean(str(kind), GALLERIES)}')
-    file, root, layout = Path(file), os.path.abspath(root), layout or _FORMATS[kind].layout
+    form = find_format('retrieval', kind, 'annotations')
+    file, root, layout = Path(file), os.path.abspath(root), layout or form.layout
     wanted = None if split is None else _names(split)
-    places, texts, pairs, bad, seen = {}, [], [], [], set()
-    for line, row in _FORMATS[kind].rows(file):
+    places, texts, pairs, bad, seen = _Places(root), [], [], [], set()
+    for line, row in form.read(file):
         try:
             videos, captions = _row(row, layout, paragraph)
             seen.update(name for name, _ in videos)
-            paths = [path for name, path in videos if wanted is None or name in wanted]
-            for path in paths: check_row({'path': path}, root, 'path', None)
+            videos = [(name, path) for name, path in videos if wanted is None or name in wanted]
+            for name, path in videos: places.check(name, path)
         except ValueError as e: bad.append((line, str(e)))
         else:
-            found = [places.setdefault(path, len(places)) for path in paths]
-            pairs += [(len(texts) + i, video) for i in range(len(captions)) for video in found]
+            found = [places.add(path) for _, path in videos]
+            pairs += [(len(texts) + i, video) for i in range(len(captions)) for video in dict.fromkeys(found)]
             texts += captions if found else []
-    if bad or not (texts or wanted): raise ManifestError(file, bad or [(1, 'the file has no rows')])
+    if bad or not (texts or wanted): raise ManifestError(file, sorted(bad) or [(1, 'the file has no rows')])
     lost = [(n, f'{name!r} is not in {file}') for name, n in (wanted or {}).items() if name not in seen]
     if lost: raise ManifestError(split, lost)
-    return Gallery(make_manifest(file, root, [(path, -1, {}) for path in places]), texts, torch.tensor(pairs))
+    manifest = make_manifest(file, root, [(path, -1, {}) for path in places.index])
+    return Gallery(manifest, texts, torch.tensor(pairs))
 
 # %% ../../nbs/data/16_galleries.ipynb #8dee9580
 def existing_videos(
@@ -259,7 +168,7 @@ def describe_gallery(
     if tokenizer:
         cut = sum(len(tokenizer.encode(text, 10**4)) > max_length for text in gallery.texts)
         lines.append(f'{cut:,} texts are longer than {max_length} tokens and will be cut')
-    counts = _FORMATS[kind].counts if kind else None
+    counts = find_format('retrieval', kind, 'annotations').facts.get('counts') if kind else None
     if counts and counts != (len(per_video), len(per_text)):
         lines.append(f'NOT the published test set of {counts[0]:,} videos and {counts[1]:,} texts')
     return '\n'.join(lines)

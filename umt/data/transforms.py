@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'CLIP_MEAN', 'CLIP_STD', 'crop_shapes', 'crop_places', 'MultiScaleCrop',
-           'final_steps', 'normalize_video', 'pretrain_transform', 'eval_transform', 'denormalize', 'show_frames',
-           'pair_transform']
+           'final_steps', 'normalize_video', 'pretrain_transform', 'eval_transform', 'denormalize', 'as_shown',
+           'show_frames', 'pair_transform']
 
 # %% ../../nbs/data/05_transforms.ipynb #ac18be82
 from collections.abc import Sequence
@@ -125,6 +125,12 @@ def denormalize(
     return (video*std + mean).clamp(0, 1)
 
 # %% ../../nbs/data/05_transforms.ipynb #02552175
+def as_shown(
+    name, # of a file, a class, ...
+) -> str: # for a title or a label
+    "A name for matplotlib, which would take what stands between two `$` for a formula, and fail if it is none"
+    return str(name).encode(errors='replace').decode().replace('$', r'\$')
+
 def show_frames(
     frames: torch.Tensor, # uint8 [T,3,H,W] as read, or normalised float [3,T,H,W]
     titles: list[str] | None = None, # one per frame
@@ -140,7 +146,7 @@ def show_frames(
     for i, (ax, frame) in enumerate(zip(axes[0], frames)):
         ax.imshow(frame.permute(1, 2, 0).cpu().numpy())
         ax.axis('off')
-        if titles: ax.set_title(titles[i], fontsize=8)
+        if titles: ax.set_title(as_shown(titles[i]), fontsize=8)
     fig.tight_layout(pad=.2)
     return axes[0]
 

@@ -16,6 +16,7 @@ import pandas as pd
 
 # %% ../../nbs/experiments/06_results.ipynb #d838ceca
 from ..core.files import write_json
+from ..data.transforms import as_shown
 from .runs import NUMERICS, Chain, Plan, option_of
 from .statistics import Interval, equal_verdict, interval, verdict
 
@@ -108,10 +109,10 @@ def show_table(
             part = part[(part.task == task) & (part.n > 0) & part.row.isin(at)]
             places, half_width = [at[row] + .08 * i for row in part.row], part.half_width.where(part.n > 1, 0)
             style = 'o-' if line else 'o'
-            ax.errorbar(places, part['mean'], yerr=half_width, fmt=style, capsize=4, label=name)
-        ax.set_xticks(range(len(at)), at, rotation=0 if line else 20, fontsize=8)
+            ax.errorbar(places, part['mean'], yerr=half_width, fmt=style, capsize=4, label=as_shown(name))
+        ax.set_xticks(range(len(at)), map(as_shown, at), rotation=0 if line else 20, fontsize=8)
         if chance: ax.axhline(chance[task], color='k', lw=.8, ls=':')
-        ax.set(title=task, xlabel=label, ylabel=metric)
+        ax.set(title=as_shown(task), xlabel=as_shown(label), ylabel=as_shown(metric))
         if beside: ax.legend(fontsize=7)
     return axes[0]
 

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CLUSTER_VARIABLES', 'SITE_DEFAULTS', 'OF_AN_ALLOCATION', 'SBATCH_OPTIONS', 'OURS', 'STUCK', 'SlurmTask',
            'inherited_variables', 'without_inherited', 'QueuedJob', 'NoAnswer', 'ask_queue', 'queue', 'queued_as',
-           'cancel', 'check_sbatch', 'check_word', 'slurm_options', 'check_folder', 'submit_array', 'state_of', 'Slurm']
+           'cancel', 'check_sbatch', 'check_word', 'check_counts', 'slurm_options', 'check_folder', 'submit_array',
+           'state_of', 'Slurm']
 
 # %% ../../nbs/experiments/02_slurm.ipynb #eefd928c
-import json, logging, os, re, shutil, signal, subprocess, time
+import json, logging, math, os, re, shutil, signal, subprocess, time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,13 +155,14 @@ def check_sbatch(
     options: Mapping[str, str | int | float | bool], # name -> value, as for `sbatch --name=value`; True: `--name`
 ) -> dict[str, str | int | float | bool]: # the same, with '-' for '_'
     "ValueError for options that sbatch does not know, that the launcher sets itself, or whose value is not one word."
-    checked = {name.replace('_', '-'): value for name, value in options.items()}
+    checked = {str(name).replace('_', '-'): value for name, value in options.items()}
     for name, value in checked.items():
         if name in OURS: raise ValueError(f'sbatch option {name!r}: give the launcher option {OURS[name]!r} instead')
         if name not in SBATCH_OPTIONS:
             near = did_you_mean(name, [*SBATCH_OPTIONS, *OURS])
             raise ValueError(f'sbatch has no option {name!r} that can be given here{near}')
-        if value is not True and not isinstance(value, (str, int, float)) or value is False:
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if value is not True and not isinstance(value, (str, int, float)) or value is False or not finite:
             raise ValueError(f'sbatch option {name}: {value!r} is neither text nor a number nor true')
         check_word(f'sbatch option {name}', str(value), '&|*()[]!? ')
     return checked
@@ -170,9 +172,20 @@ def check_word(
     text: str, # the value
     more: str = '', # characters that are allowed beside letters, digits and .,:@+/=-_
 ):
-    "ValueError for a character that SLURM or a shell could take for something else."
+    "ValueError for what SLURM or a shell could take for something else."
+    if not isinstance(text, str): raise ValueError(f'{what}: {text!r} is not text')
     wrong = sorted(set(re.sub(r'[\w.,:@+/=\-]', '', text)) - set(more))
     if wrong or not text: raise ValueError(f'{what}: {text!r} has {"".join(wrong)!r}' if wrong else f'{what}: empty')
+
+# %% ../../nbs/experiments/02_slurm.ipynb #5b1f0a7e
+def check_counts(
+    **options: int | None, # option -> value; None: not given
+):
+    "ValueError for what is no whole number: one of them becomes a line of the job's shell script."
+    for name, value in options.items():
+        least = 0 if name == 'gpus_per_node' else 1
+        if value is None or type(value) is int and least <= value < 2**31: continue
+        raise ValueError(f'{name}: {value!r}, expected a whole number from {least} on')
 
 # %% ../../nbs/experiments/02_slurm.ipynb #e8cd9b2d
 def slurm_options(
@@ -189,6 +202,9 @@ def slurm_options(
     sbatch: dict | None = None, # further options of sbatch, by name
 ) -> dict: # parameters of submitit's SlurmExecutor
     "What a job of a SLURM cluster is to have. ValueError names an option that sbatch would not understand."
+    check_counts(
+        nodes=nodes, gpus_per_node=gpus_per_node, tasks_per_node=tasks_per_node, cpus_per_task=cpus_per_task,
+        minutes=minutes, mem_gb=mem_gb, at_once=at_once, signal_seconds=signal_seconds)
     for name, value in (('partition', partition), ('account', account)):
         if value is not None: check_word(name, value)
     more = check_sbatch(sbatch or {})

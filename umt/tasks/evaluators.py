@@ -26,7 +26,7 @@ from ..data.labelled import LabelledData, ViewsConfig, one_view, view_dataset
 from ..data.media import MediaDataset
 from ..data.shards import ShardManifest
 from ..data.tables import Manifest, absolute_path
-from ..data.transforms import normalize_video
+from ..data.transforms import as_shown, normalize_video
 from .task import cached_evaluation, json_hash, weights_hash
 from ..training.distributed import autocast_as, gather_rows, start_accelerator
 from ..training.inference import Failure, agree_on_failures, decoded_places, eval_batches
@@ -209,10 +209,10 @@ def show_confusion(
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
     if ax is None: _, ax = plt.subplots(figsize=(3.6, 3.2), dpi=72)
     ax.imshow(share, vmin=0, vmax=1, cmap='magma')
-    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    ax.set_yticks(range(len(names)), names, fontsize=7)
+    ax.set_xticks(range(len(names)), map(as_shown, names), rotation=90, fontsize=7)
+    ax.set_yticks(range(len(names)), map(as_shown, names), fontsize=7)
     ax.set_xlabel('predicted')
-    ax.set_title(title, fontsize=9)
+    ax.set_title(as_shown(title), fontsize=9)
     for i in range(0, len(names) - 1, 2) if pairs else ():
         ax.add_patch(plt.Rectangle((i - .5, i - .5), 2, 2, fill=False, edgecolor='white', linewidth=1.2, clip_on=False))
     for i, j in counts.nonzero().tolist() if values else ():

@@ -14,6 +14,7 @@ import torch
 
 # %% ../../nbs/tasks/11_search.ipynb #09651a73
 from ..data.sampling import middle_indices
+from ..data.transforms import as_shown
 from ..data.video import read_frames
 from ..models.multimodal import Multimodal
 from ..models.objectives import similarity
@@ -67,8 +68,8 @@ def show_hits(
         for ax, frame in zip(row, read_frames(index.manifest.source(hit.index), choose)):
             ax.imshow(frame.permute(1, 2, 0).numpy())
             ax.axis('off')
-        row[0].set_title(f'{hit.score:.2f}  {hit.path}', fontsize=8, loc='left')
-    fig.suptitle(title, fontsize=9)
+        row[0].set_title(as_shown(f'{hit.score:.2f}  {hit.path}'), fontsize=8, loc='left')
+    fig.suptitle(as_shown(title), fontsize=9)
     fig.tight_layout(pad=.3)
     return fig
 
