@@ -19,26 +19,6 @@ from .index import VideoInfo, probe
 
 if TYPE_CHECKING: import torch
 
-# %% ../../nbs/data/01_video.ipynb #stand1n0
-class VideoReader:
-    "One open video"
-    def __init__(self, source, backend='auto', num_threads=1, length=None, limits=None):
-        if backend not in BACKENDS: raise ValueError(f'backend {backend!r}: expected one of {list(BACKENDS)}')
-        self.source = source
-        self.container, self.stream = _open(source.path)
-        self.length, self.how = probe(source.path).length, 'pyav, in order'
-
-    def __enter__(self): return self
-    def __exit__(self, *error): self.container.close()
-    def times(self): return np.arange(self.length)/float(self.stream.average_rate)
-
-    def read(self, indices):
-        wanted, frames = set(np.asarray(indices).tolist()), {}
-        for i, frame in enumerate(self.container.decode(self.stream)):
-            if i in wanted: frames[i] = frame.to_ndarray(format='rgb24')
-            if i >= max(wanted): break
-        return np.stack([frames[i] for i in np.asarray(indices).tolist()])
-
 # %% ../../nbs/data/01_video.ipynb #2595aa39
 class VideoReader:
     "One open video. A context manager; `read` may be called again and again"
