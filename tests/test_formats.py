@@ -118,7 +118,8 @@ def test_class_lists_that_do_not_add_up(write, name, content, lines):
 
 # ---- Labels: Kinetics
 
-@pytest.mark.parametrize('content', ['"abseiling","a","0","10","train"\n', 'abseiling,a,0,10,train\nyoga,b,0,10,train\n'])
+@pytest.mark.parametrize('content', ['"abseiling","a","0","10","train"\n',
+                                     'abseiling,a,0,10,train\nyoga,b,0,10,train\n'])
 def test_a_header_of_kinetics_that_is_missing(write, tmp_path, content):
     assert 'header' in complaints(read_annotations, 'kinetics', write('k.csv', content), tmp_path)[0][1]
 

@@ -197,7 +197,8 @@ class _Places:
 
 # %% ../../nbs/data/13_annotations.ipynb #946df81a
 def _plain_list(
-    form: Format, file: Path, root: str, classes: str | Path | Sequence[str] | None, first_id: int, # of `read_annotations`
+    form: Format, # 'list'
+    file: Path, root: str, classes: str | Path | Sequence[str] | None, first_id: int, # as for `read_annotations`
 ) -> tuple[Manifest, list[str] | None]: # clips, class names
     "A list that needs no other paths is read by columns, as `read_manifest` reads it"
     names = None if classes == 'sorted' else _class_names(form, [], classes)

@@ -214,7 +214,8 @@ def number_classes(
     if empty and len(wrong) < len(labels) and (isinstance(classes, str) or not set(found) <= set(known)):
         if isinstance(classes, str): return numbers, None, wrong
         outside = np.flatnonzero((numbers < 0) | (numbers >= len(known))).tolist()
-        return numbers, known, [*wrong, *((row, f'{name} {numbers[row]}: expected 0 to {len(known) - 1}') for row in outside)]
+        said = [(row, f'{name} {numbers[row]}: expected 0 to {len(known) - 1}') for row in outside]
+        return numbers, known, wrong + said
     index, bad = {text: i for i, text in enumerate(known)}, []
     if isinstance(classes, str) and len(wrong) < len(labels):
         mixed = sorted(set(range(len(labels))) - {row for row, _ in wrong})
