@@ -79,6 +79,7 @@ TWO = ['abseiling', 'push, then pull']
     ('list.json', ['abseiling', 'push, then pull']),
     ('names.json', {'push, then pull': 1, 'abseiling': '0'}),
     ('numbers.json', {'1': 'push, then pull', '0': 'abseiling'}),
+    ('quotes.json', {'"abseiling"': 0, '"push, then pull"': 1}), # as PyTorchVideo has Kinetics' names
     ('bom.json', b'\xef\xbb\xbf{"abseiling": 0, "push, then pull": 1}')])
 def test_class_lists_of_every_form(write, name, content): assert read_classes(write(name, content)) == TWO
 
@@ -93,7 +94,7 @@ def test_what_looks_like_an_index_and_is_none(write, content, names):
 
 
 @pytest.mark.parametrize('name, content, lines', [
-    ('gap.csv', 'id,name\n0,a\n2,b\n', [3]),
+    ('gap.csv', 'id,name\n0,a\n2,b\n', [3]), ('empty.csv', 'id,name\n', [1]),
     ('from_one.csv', 'id,name\n1,a\n2,b\n', [3]),
     ('from_one.txt', '1 ApplyEyeMakeup\n2 ApplyLipstick\n', [2]),
     ('from_one_last.txt', 'Boxing 1\nGolf 2\n', [2]),
@@ -286,20 +287,39 @@ IMAGES = [dict(id=9, file_name='9.jpg'), dict(id=4, file_name='4.jpg')]
 
 
 @pytest.mark.parametrize('images, notes, part', [
-    (['9.jpg'], [], 'image 1: expected an object'), ([dict(file_name='9.jpg')], [], "image 1: id None"),
-    ([dict(id='9', file_name='9.jpg')], [], "id '9', expected a whole number"),
+    (['9.jpg'], [], 'image 1: expected an object'), ([dict(file_name='9.jpg')], [], "no 'id'"),
+    ([dict(id=9.5, file_name='9.jpg')], [], 'id 9.5'),
+    ([*IMAGES, dict(id='9', file_name='x.jpg')], [], 'there already'),
     ([*IMAGES, dict(id=9, file_name='x.jpg')], [], 'image 3: id 9 is there already'),
     (IMAGES, ['a cup'], 'annotation 1: expected an object'), (IMAGES, [dict(image_id=9)], "no 'caption'"),
     (IMAGES, [dict(image_id=9, caption=3)], 'caption 3: expected text'),
     (IMAGES, [dict(image_id=9, caption=None)], 'caption None: expected text'),
     (IMAGES, [dict(image_id=9, caption=['a', 'b'])], 'expected text'),
     (IMAGES, [dict(image_id=5, caption='x')], 'image_id 5 is none'),
-    (IMAGES, [dict(image_id=[9], caption='x')], 'is none'), (IMAGES, [dict(image_id=True, caption='x')], 'is none'),
+    (IMAGES, [dict(image_id=[9], caption='x')], 'image_id [9]'),
+    (IMAGES, [dict(image_id=True, caption='x')], 'image_id True'),
     ([dict(id=9)], [dict(image_id=9, caption='x')], 'path None'),
     (IMAGES, [dict(image_id=9, caption='\ud800')], 'surrogate')])
 def test_coco_with_entries_of_other_types(write, images, notes, part):
     found = complaints(read_published, 'coco', write('coco.json', dict(images=images, annotations=notes)))
     assert any(part in wrong for _, wrong in found)
+
+
+def test_ids_of_pictures_may_be_text(write):
+    "As in TextCaps; and partly text"
+    images = [dict(id='f1', file_name='a.jpg'), dict(id=7, file_name='b.jpg')]
+    notes = [dict(image_id='7', caption='x'), dict(image_id='f1', caption='y'), dict(image_id=7, caption='z')]
+    found = rows(read_published('coco', write('coco.json', dict(images=images, annotations=notes))))
+    assert found == [('b.jpg', 'x', 0), ('a.jpg', 'y', 1), ('b.jpg', 'z', 0)]
+
+
+@pytest.mark.parametrize('layout', ['{id:d}.jpg', '{nothing}.jpg', '{}.jpg', '{id.x}.jpg', '{id'])
+def test_layouts_that_do_not_fit(write, layout):
+    images, notes = [dict(id='f1', file_name='a.jpg')], [dict(image_id='f1', caption='x')]
+    file = write('coco.json', dict(images=images, annotations=notes))
+    with pytest.raises(ValueError): read_published('coco', file, layout=layout)
+    if layout != '{id:d}.jpg':
+        with pytest.raises(ValueError): read_published('webvid', write('w.csv', WEBVID + '1,u,d,p,x\n'), layout=layout)
 
 
 @pytest.mark.parametrize('image, part', [
@@ -379,6 +399,13 @@ def test_what_downloads_lack_is_counted(web, caplog):
 def test_tables_of_another_form(web, options, part):
     found = complaints(read_published, 'img2dataset', web('00000', ['a', 'b'], **options))
     assert part in found[0][1] and (part == 'no rows' or '00000.parquet' in found[0][1])
+
+
+def test_a_table_without_rows(web):
+    folder = web('00000', ['a'])
+    empty = pa.table({name: pa.array([], pa.string()) for name in ('key', 'caption', 'status')})
+    parquet.write_table(empty, folder/'00001.parquet')
+    assert rows(read_published('img2dataset', folder)) == [('00000/a.jpg', 'picture a', 0)]
 
 
 def test_every_damaged_table_is_named(web, tmp_path):

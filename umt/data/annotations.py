@@ -71,8 +71,9 @@ def _text_classes(
     "Names of the lines, and their numbers, in the style that fits most lines"
     lines = [line.strip() for line in text.rstrip().split('\n')]
     numbered = list(enumerate(lines, 1))
-    if len(lines) > 1 and _is_header(lines[0]): numbered = numbered[1:]
+    if _is_header(lines[0]) and (len(lines) > 1 or re.search(r'[,;\t]', lines[0])): numbered = numbered[1:]
     rest = [line for _, line in numbered]
+    if not rest: return []
     style = max(_STYLES, key=lambda style: _fit(style, rest)) # the first of the best
     if not _fit(style, rest):
         if len(rest) < len(lines): raise ValueError(f'{lines[0]!r}: a header? Expected class names, one per line')
@@ -96,7 +97,8 @@ def _json_classes(
     def line(name):
         written = (text.rfind(json.dumps(name, ensure_ascii=ascii_only)) for ascii_only in (True, False))
         return 1 + text.count('\n', 0, max(*written, 0))
-    return [(line(name), name if isinstance(name, str) else '', index(i)) for name, i in pairs]
+    def plain(name): return _unquoted(name) if re.fullmatch(_QUOTED, name) else name # some have quotes within quotes
+    return [(line(name), plain(name) if isinstance(name, str) else '', index(i)) for name, i in pairs]
 
 # %% ../../nbs/data/13_annotations.ipynb #be38e689
 def read_classes(
@@ -150,7 +152,8 @@ def _path(
     if 'class_folder' in fields: row = row | {'class_folder': str(row.get('label') or '').replace(' ', '_')}
     for name in fields:
         if row.get(name) in (None, ''): raise ValueError(f'no {name!r} in {str(row)[:100]}')
-    return layout.format(**row)
+    try: return layout.format(**row)
+    except TypeError as e: raise ValueError(f'layout {layout!r}: {e}, in {str(row)[:100]}') from e
 
 def _layout_fields(
     layout: str, # format string
@@ -189,7 +192,7 @@ class _Places:
 
     def add(self, path: str, row: dict, label: int):
         "`ValueError` if another clip lies there"
-        clip = tuple(row[name] for name in self.names)
+        clip = tuple(row.get(name) for name in self.names)
         other, before = self.seen.setdefault(path, (clip, label))
         if other != clip:
             raise ValueError(f'{path!r} is the place of two clips, {other} and {clip}; give another layout')

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from ..core.delimited import Layout, ManifestError
 from .captions import IMAGE_EXTENSIONS
-from .formats import RowIterator, entries, need, read_json, read_lists, row_format, tidied
+from .formats import RowIterator, as_id, entries, need, read_json, read_lists, row_format, tidied
 from .rows import Rows, find_layout, json_rows, parquet_rows, text_rows
 from .shards import VIDEO_EXTENSIONS
 
@@ -69,8 +69,11 @@ def as_columns(
 # %% ../../nbs/data/15_caption_formats.ipynb #cf000021
 def _joined(
     blocks: Iterable[Rows], # of a file
+    names: Sequence[str] = (), # columns of a file without rows
 ) -> Rows: # the columns of all
-    blocks = list(blocks)
+    "Blocks as one"
+    none = pa.table({name: pa.array([], pa.large_string()) for name in names})
+    blocks = list(blocks) or [Rows(none, np.zeros(0, np.int64), [])]
     bad = [complaint for rows in blocks for complaint in rows.bad]
     return Rows(pa.concat_tables(rows.table for rows in blocks), np.concatenate([rows.lines for rows in blocks]), bad)
 
@@ -126,14 +129,15 @@ def _coco_official(
     "Captions with the fields of their pictures"
     known = {}
     for n, image in entries(images, 'image'):
-        if isinstance(image, str): yield n, image
-        elif type(image.get('id')) is not int: yield n, f'image {n}: id {image.get("id")!r}, expected a whole number'
-        elif image['id'] in known: yield n, f'image {n}: id {image["id"]} is there already'
-        else: known[image['id']] = image | {'path': image.get('file_name'), 'image_id': image['id']}
+        try:
+            if isinstance(image, str): raise ValueError(image)
+            if (name := as_id(image, 'id')) in known: raise ValueError(f'image {n}: id {name} is there already')
+            known[name] = image | {'path': image.get('file_name'), 'image_id': image['id']}
+        except ValueError as e: yield n, str(e)
     def tidy(entry):
         need(entry, 'image_id', 'caption')
-        image = known.get(entry['image_id']) if type(entry['image_id']) is int else None
-        if image is None: raise ValueError(f'image_id {entry["image_id"]!r:.40} is none of the {len(known)} images')
+        image = known.get(name := as_id(entry, 'image_id'))
+        if image is None: raise ValueError(f'image_id {name:.40} is none of the {len(known)} images')
         return image | {'caption': entry['caption']}
     yield from tidied(entries(captions, 'annotation'), tidy)
 
@@ -228,7 +232,7 @@ def _downloaded(
 ) -> tuple[pa.Table, int, list[str]]: # key, caption, path of what is there; how many failed; keys without a file
     "What is there of a shard. `ValueError` for a table or a folder of another form"
     names = ['key', 'caption', 'status']
-    table = _joined(parquet_rows(file, names)).table
+    table = _joined(parquet_rows(file, names), names).table
     for name in names:
         if name not in table.column_names: raise ValueError(f'no column {name!r} among {table.column_names}')
         kind = table[name].type

@@ -49,7 +49,8 @@ def _lay_out(
         parts.append(large(literal))
         if name is None: continue
         values = columns[name]()
-        if spec: values = pa.array([format(value, spec) for value in values.to_pylist()], pa.large_string())
+        try: values = pa.array([format(v, spec) for v in values.to_pylist()], pa.large_string()) if spec else values
+        except (TypeError, ValueError) as e: raise ValueError(f'layout {layout!r}: {e}') from e
         parts.append(values.cast(pa.large_string()))
     return pc.binary_join_element_wise(*parts, large(''))
 
