@@ -98,8 +98,7 @@ def _webvid(file: Path, root: str, fields: Sequence[str]) -> Rows:
     """
     def layout(block): return find_layout(file, block, ('videoid',), ',')
     columns = _joined(text_rows(file, layout, tuple(dict.fromkeys(('name', 'videoid', *fields)))))
-    if 'name' not in columns.table.column_names:
-        found = columns.table.column_names
+    if not {'videoid', 'name'} <= set(found := columns.table.column_names):
         raise ManifestError(file, [(1, f"expected WebVid's columns videoid, page_dir, name; found {found}")])
     columns = columns._replace(table=columns.table.append_column('caption', columns.table['name']))
     return _checked(columns, 'videoid', r'^[\w-]+$', 'expected a whole number')

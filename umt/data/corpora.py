@@ -117,7 +117,7 @@ def _published(
 ) -> dict: # arguments of `caption_manifest`
     "The rows of a file with their paths"
     form = find_format('captions', kind, 'kind')
-    layout, medium = layout or form.layout, form.facts.get('medium')
+    given, layout, medium = layout, layout or form.layout, form.facts.get('medium')
     if not layout:
         raise ValueError(f"{kind}: a layout is needed, as in '{{index:08d}}.jpg' or '{{index}}_{{crc32}}.jpg', "
                          'since the file names no files')
@@ -125,7 +125,9 @@ def _published(
     rows = form.read(file, root, [name for name in fields if medium != 'url'])
     columns = {name: partial(one_array, rows.table[name], rows.table[name].type) for name in rows.table.column_names}
     if medium == 'url': columns = _of_url(columns['url']())
-    paths, bad = _lay_out(layout, columns), [*rows.bad, *_lacking(rows, fields)]
+    try: paths = _lay_out(layout, columns)
+    except ValueError as e: raise e if given else ManifestError(file, [*rows.bad, (1, str(e))]) from e
+    bad = [*rows.bad, *_lacking(rows, fields)]
     if medium and not {medium, 'index'} & set(fields):
         bad += _clashes(paths, one_array(rows.table[medium]), rows.lines)
     return {'paths': paths, 'captions': one_array(rows.table['caption']), 'lines': rows.lines, 'bad': bad}
