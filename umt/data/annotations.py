@@ -22,18 +22,19 @@ from ..core.config import did_you_mean
 from .formats import Format, find_format, format_names, read_json, read_text
 from .shards import ShardManifest
 from ..core.delimited import ManifestError
-from .tables import Manifest, absolute_path, check_row, make_manifest
+from .tables import Manifest, absolute_path, check_row, make_manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 
 # %% ../../nbs/data/13_annotations.ipynb #10be6cbb
 _QUOTED = r'"(?:[^"]|"")*"'
 _STYLES = [re.compile(style) for style in ( # name and index of a line
-    rf'(?P<name>{_QUOTED}|.*?)\s*[,;\t]\s*"?(?P<index>\d{{1,9}})"?',
-    rf'"?(?P<index>\d{{1,9}})"?\s*[,;\t]\s*(?P<name>{_QUOTED}|.*)',
-    rf'(?P<index>\d{{1,9}})\s+(?P<name>{_QUOTED}|.*)',
-    rf'(?P<name>{_QUOTED}|.*\S)\s+(?P<index>\d{{1,9}})')]
-_HEADER = {'id', 'index', 'idx', 'number', 'name', 'label', 'labels', 'class', 'classes', 'category', 'categories', 'action'}
+    rf'(?P<name>{_QUOTED}|.*?)\s*[,;\t]\s*"?(?P<index>\d+)"?',
+    rf'"?(?P<index>\d+)"?\s*[,;\t]\s*(?P<name>{_QUOTED}|.*)',
+    rf'(?P<index>\d+)\s+(?P<name>{_QUOTED}|.*)',
+    rf'(?P<name>{_QUOTED}|.*\S)\s+(?P<index>\d+)')]
+_HEADER = {'id', 'index', 'idx', 'number', 'name', 'label', 'labels', 'class', 'classes', 'category', 'categories',
+           'action'}
 
 def _is_header(
     line: str, # the first one
@@ -47,7 +48,7 @@ def _fit(
 ) -> int: # 0: the lines are not in this style; 2: they are, and their numbers are 0, 1, 2, ...; 1: they are, but
     "How well a style describes the lines"
     found = [match for match in map(style.fullmatch, lines) if match]
-    numbers = [int(match['index']) for match in found]
+    numbers = [int(match['index'][:18]) for match in found]
     if 2 * len(found) <= len(lines): return 0
     if style is _STYLES[-1]: # 'class 0', 'class 1' are names: all lines must be in this style, and say different things
         names = {match['name'] for match in found}
@@ -70,14 +71,15 @@ def _text_classes(
     "Names of the lines, and their numbers, in the style that fits most lines"
     lines = [line.strip() for line in text.rstrip().split('\n')]
     numbered = list(enumerate(lines, 1))
-    if len(lines) > 1 and _is_header(lines[0]): numbered = numbered[1:]
+    if _is_header(lines[0]) and (len(lines) > 1 or re.search(r'[,;\t]', lines[0])): numbered = numbered[1:]
     rest = [line for _, line in numbered]
+    if not rest: return []
     style = max(_STYLES, key=lambda style: _fit(style, rest)) # the first of the best
     if not _fit(style, rest):
         if len(rest) < len(lines): raise ValueError(f'{lines[0]!r}: a header? Expected class names, one per line')
         return [(n, line, i) for i, (n, line) in enumerate(numbered)]
     found = [(n, line, style.fullmatch(line)) for n, line in numbered]
-    return [(n, match['name'], int(match['index'])) if match else (n, line, None) for n, line, match in found]
+    return [(n, match['name'], int(match['index'][:18])) if match else (n, line, None) for n, line, match in found]
 
 # %% ../../nbs/data/13_annotations.ipynb #bf8b9d00
 def _json_classes(
@@ -95,7 +97,8 @@ def _json_classes(
     def line(name):
         written = (text.rfind(json.dumps(name, ensure_ascii=ascii_only)) for ascii_only in (True, False))
         return 1 + text.count('\n', 0, max(*written, 0))
-    return [(line(name), name if isinstance(name, str) else '', index(i)) for name, i in pairs]
+    def plain(name): return _unquoted(name) if re.fullmatch(_QUOTED, name) else name # some have quotes within quotes
+    return [(line(name), plain(name) if isinstance(name, str) else '', index(i)) for name, i in pairs]
 
 # %% ../../nbs/data/13_annotations.ipynb #be38e689
 def read_classes(
@@ -149,7 +152,8 @@ def _path(
     if 'class_folder' in fields: row = row | {'class_folder': str(row.get('label') or '').replace(' ', '_')}
     for name in fields:
         if row.get(name) in (None, ''): raise ValueError(f'no {name!r} in {str(row)[:100]}')
-    return layout.format(**row)
+    try: return layout.format(**row)
+    except TypeError as e: raise ValueError(f'layout {layout!r}: {e}, in {str(row)[:100]}') from e
 
 def _layout_fields(
     layout: str, # format string
@@ -167,9 +171,10 @@ def _layout_fields(
 def _class_names(
     form: Format, # of the file
     found: list[str], # classes of the rows
-    classes: str | Path | Sequence[str] | None, # class file, names, or None
+    classes: str | Path | Sequence[str] | None, # class file, names, 'sorted' or None
 ) -> list[str] | None: # in label order
     "The class names that labels count. `ValueError` where they have to be given"
+    if classes == 'sorted': return sorted(set(found))
     if isinstance(classes, (str, os.PathLike)): return read_classes(classes)
     if classes is not None and len(set(classes)) < len(classes):
         raise ValueError(f'classes: expected different names, found {list(classes)!r:.200}')
@@ -177,15 +182,6 @@ def _class_names(
     if found and (file := form.facts.get('classes')):
         raise ValueError(f'{form.name}: classes are needed, the file {file} of the data set')
     return sorted(set(found)) if found and form.name == 'kinetics' else None
-
-def _number(
-    row: dict, # of a list
-    index: dict[str, int], # of the class names, if they are known
-) -> object: # label; `check_row` wants a whole number
-    "A list's labels are numbers, or names if there are names"
-    label = row.get('label')
-    if not index or re.fullmatch(r'\s*-?\d+\s*', str(label)): return label
-    return _label(row, index)
 
 class _Places:
     "Which clip lies where: a layout that leaves out a part of the name makes one file of two clips"
@@ -196,17 +192,27 @@ class _Places:
 
     def add(self, path: str, row: dict, label: int):
         "`ValueError` if another clip lies there"
-        clip = tuple(row[name] for name in self.names)
+        clip = tuple(row.get(name) for name in self.names)
         other, before = self.seen.setdefault(path, (clip, label))
-        if other != clip: raise ValueError(f'{path!r} is the place of two clips, {other} and {clip}; give another layout')
+        if other != clip:
+            raise ValueError(f'{path!r} is the place of two clips, {other} and {clip}; give another layout')
         if self.names and before != label: self.repeated.append(path)
 
 # %% ../../nbs/data/13_annotations.ipynb #946df81a
+def _plain_list(
+    form: Format, # 'list'
+    file: Path, root: str, classes: str | Path | Sequence[str] | None, first_id: int, # as for `read_annotations`
+) -> tuple[Manifest, list[str] | None]: # clips, class names
+    "A list that needs no other paths is read by columns, as `read_manifest` reads it"
+    names = None if classes == 'sorted' else _class_names(form, [], classes)
+    manifest = read_manifest(file, root, first_id=first_id, classes=names or classes)
+    return manifest, names or (manifest.classes and list(manifest.classes))
+
 def read_annotations(
     kind: str, # of `ANNOTATION_FORMATS`: 'list', 'kinetics', 'ssv2' or 'mit'
     file: str | Path, # annotations, as published
     root: str | Path, # folder of the clips
-    # class file or names; None: 'list' has none, 'kinetics' takes the sorted names of this file
+    # class file; names; 'sorted' (those of this file); None: 'list' has none, 'kinetics' takes the sorted ones
     classes: str | Path | Sequence[str] | None = None,
     # format string of a clip's path, e.g. 'val/{label}/{youtube_id}.mp4'; None: as published
     layout: str | None = None,
@@ -216,6 +222,7 @@ def read_annotations(
     `ManifestError` lists every malformed row with its line"""
     form = find_format('labels', kind, 'kind')
     file, root, layout = Path(file), os.path.abspath(root), layout or form.layout
+    if kind == 'list' and layout == form.layout: return _plain_list(form, file, root, classes, first_id)
     rows, good, bad, places = list(form.read(file)), [], [], _Places(form)
     labels = [row.get('label') for _, row in rows if isinstance(row, dict)]
     labelled = [str(label) for label in labels if label not in (None, '')]
@@ -224,7 +231,8 @@ def read_annotations(
     for line, row in rows:
         try:
             if isinstance(row, str): raise ValueError(row)
-            label = _number(row, index) if kind == 'list' else _label(row, index) if labelled else -1
+            numbered = kind == 'list' and not (names and str(row.get('label')) in index)
+            label = row.get('label') if numbered else _label(row, index) if labelled else -1
             clip = check_row(row | {'path': _path(row, layout, fields), 'label': label}, root, 'path', 'label')
             if kind == 'list' and names and clip[1] >= len(names):
                 raise ValueError(f'label {clip[1]}: expected 0 to {len(names) - 1}')

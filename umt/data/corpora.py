@@ -27,7 +27,7 @@ from .captions import MEDIA, caption_manifest, medium_path, one_array, read_capt
 from .formats import find_format
 from .rows import Rows
 from .shards import ShardManifest
-from .tables import DataError, Manifest, absolute_path
+from .tables import DataError, Manifest, absolute_path, shared_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ def _lay_out(
         parts.append(large(literal))
         if name is None: continue
         values = columns[name]()
-        if spec: values = pa.array([format(value, spec) for value in values.to_pylist()], pa.large_string())
+        try: values = pa.array([format(v, spec) for v in values.to_pylist()], pa.large_string()) if spec else values
+        except (TypeError, ValueError) as e: raise ValueError(f'layout {layout!r}: {e}') from e
         parts.append(values.cast(pa.large_string()))
     return pc.binary_join_element_wise(*parts, large(''))
 
@@ -116,7 +117,7 @@ def _published(
 ) -> dict: # arguments of `caption_manifest`
     "The rows of a file with their paths"
     form = find_format('captions', kind, 'kind')
-    layout, medium = layout or form.layout, form.facts.get('medium')
+    given, layout, medium = layout, layout or form.layout, form.facts.get('medium')
     if not layout:
         raise ValueError(f"{kind}: a layout is needed, as in '{{index:08d}}.jpg' or '{{index}}_{{crc32}}.jpg', "
                          'since the file names no files')
@@ -124,7 +125,9 @@ def _published(
     rows = form.read(file, root, [name for name in fields if medium != 'url'])
     columns = {name: partial(one_array, rows.table[name], rows.table[name].type) for name in rows.table.column_names}
     if medium == 'url': columns = _of_url(columns['url']())
-    paths, bad = _lay_out(layout, columns), [*rows.bad, *_lacking(rows, fields)]
+    try: paths = _lay_out(layout, columns)
+    except ValueError as e: raise e if given else ManifestError(file, [*rows.bad, (1, str(e))]) from e
+    bad = [*rows.bad, *_lacking(rows, fields)]
     if medium and not {medium, 'index'} & set(fields):
         bad += _clashes(paths, one_array(rows.table[medium]), rows.lines)
     return {'paths': paths, 'captions': one_array(rows.table['caption']), 'lines': rows.lines, 'bad': bad}
@@ -139,15 +142,19 @@ def read_published(
 ) -> Manifest: # in the file's order, with a column 'caption'; rows of one medium have one id
     """Read an annotation file of others; rows without a caption are left out with a warning. `ManifestError` for a file
     of another form, two media on one path, or paths that lead out of the root"""
-    folder = find_format('captions', kind, 'kind').facts.get('folder', False)
-    file = Path(file)
+    form, file = find_format('captions', kind, 'kind'), Path(file)
+    folder = form.facts.get('folder', False)
     if not file.exists(): raise FileNotFoundError(f'{file}: no such annotations of {kind}')
     if folder and not file.is_dir(): raise ManifestError(file, [(1, f'expected a folder of {kind}')])
     root = os.path.abspath(root or (file if folder else file.parent))
-    found = _published(kind, file, root, layout)
-    manifest = caption_manifest(file, root, first_id=first_id, keep_blank=False, **found)
-    if max_captions is None: return manifest
-    return manifest.subset(np.flatnonzero(_first_of_each(manifest.ids - first_id, max_captions)))
+    def make():
+        found = _published(kind, file, root, layout)
+        manifest = caption_manifest(file, root, first_id=first_id, keep_blank=False, **found)
+        if max_captions is None: return manifest
+        return manifest.subset(np.flatnonzero(_first_of_each(manifest.ids - first_id, max_captions)))
+    listings = [sorted(listed(Path(root, name))) for name in form.facts.get('listed', ())] # what paths depend on, too
+    state = zlib.crc32(repr(listings).encode())
+    return shared_manifest(file, [kind, root, layout, max_captions, first_id, state], make)
 
 # %% ../../nbs/data/22_corpora.ipynb #be2b0adc
 @dataclass(frozen=True)

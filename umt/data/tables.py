@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..core.columns import Columns, constant, packed, take_columns, table_of, unpacked
+from ..core.columns import Columns, constant, int64_values, packed, take_columns, table_of, unpacked
 from .containers import LinkError, Source, UnreadableVideo
 from .rows import ManifestError, Rows, check_file, file_rows, row_blocks
 
@@ -64,9 +64,9 @@ class Manifest:
         fields = {'paths': self.paths, 'ids': pa.array(self.ids), **{f'.{k}': v for k, v in self.columns.items()}}
         if self.labels.strides != (0,): fields['labels'] = pa.array(self.labels)
         taken = take_columns(fields, at)
-        labels = taken['labels'].to_numpy() if 'labels' in taken else constant(-1, len(at))
+        labels = int64_values(taken['labels']) if 'labels' in taken else constant(-1, len(at))
         columns = {name: taken[f'.{name}'] for name in self.columns}
-        return replace(self, paths=taken['paths'], labels=labels, ids=taken['ids'].to_numpy(), columns=columns)
+        return replace(self, paths=taken['paths'], labels=labels, ids=int64_values(taken['ids']), columns=columns)
 
 # %% ../../nbs/data/10_tables.ipynb #27a5b364
 class DataError(RuntimeError):
@@ -143,11 +143,21 @@ def check_path(
     "`ValueError` for a path that is none, that leads out of the root, or that has Windows separators"
     if not isinstance(path, str) or not path or re.search('[\0\ufffd\ud800-\udfff]', path):
         raise ValueError(f'{name} {path!r}: expected a path in UTF-8')
+    if path.endswith('/'): raise ValueError(f'{name} {path!r}: a folder, expected a file')
     if '\\' in path and not os.path.lexists(os.path.join(root, path)):
         raise ValueError(f'{name} {path!r}: Windows separators, and no file of this name; write {path.replace(chr(92), "/")!r}')
     absolute_path(root, path)
 
-_SUSPECT = r'^$|^[/.]|(^|/)\.\.(/|$)|\x00|\x{FFFD}|\\'
+_SUSPECT = r'^$|^[/.]|/$|(^|/)\.\.(/|$)|\x00|\x{FFFD}|\\'
+
+def _may_be_odd(paths: pa.Array) -> bool:
+    "False: no path is suspect. A look at the bytes of all paths at once, since patterns take ten times as long"
+    if paths.null_count: return True
+    offsets = np.frombuffer(paths.buffers()[1], np.int64)[paths.offset:paths.offset + len(paths) + 1]
+    text = paths.buffers()[2][offsets[0]:offsets[-1]].to_pybytes() if offsets[-1] > offsets[0] else b''
+    if (np.diff(offsets) == 0).any() or any(odd in text for odd in (b'..', b'\\', b'\0', b'\xef\xbf\xbd')): return True
+    ends, at = np.frombuffer(text, np.uint8), offsets - offsets[0]
+    return bool(np.isin(ends[at[:-1]], np.frombuffer(b'/.', np.uint8)).any() or (ends[at[1:] - 1] == ord('/')).any())
 
 def check_paths(
     root: str, # of the data set
@@ -156,13 +166,7 @@ def check_paths(
 ) -> list[tuple[int, str]]: # (row, what is wrong)
     "As `check_path`, of a whole column"
     if not len(paths): return []
-    suspects = None
-    if not paths.null_count:
-        offsets = np.frombuffer(paths.buffers()[1], np.int64)[paths.offset:paths.offset + len(paths) + 1]
-        text = paths.buffers()[2][offsets[0]:offsets[-1]].to_pybytes() if offsets[-1] > offsets[0] else b''
-        first = np.frombuffer(text + b'/', np.uint8)[offsets[:-1] - offsets[0]]
-        if not (np.isin(first, np.frombuffer(b'/.', np.uint8)).any() or (np.diff(offsets) == 0).any()
-                or any(odd in text for odd in (b'..', b'\\', b'\0', b'\xef\xbf\xbd'))): return []
+    if not _may_be_odd(paths): return []
     suspects = pc.fill_null(pc.match_substring_regex(paths, _SUSPECT), True).to_numpy(zero_copy_only=False)
     bad = []
     for row in np.flatnonzero(suspects).tolist():
@@ -210,10 +214,12 @@ def number_classes(
     found = sorted(set(texts.drop_null().to_pylist()) - {''})
     known = tuple(found if isinstance(classes, str) else classes)
     if len(set(known)) < len(known): raise ValueError(f'classes: expected different names, found {list(known)!r:.200}')
-    if not wrong and (isinstance(classes, str) or not set(found) <= set(known)):
-        if isinstance(classes, str): return numbers, None, []
+    empty = all(texts[row].as_py() in (None, '') for row, _ in wrong) # a row without a label makes no names of the others
+    if empty and len(wrong) < len(labels) and (isinstance(classes, str) or not set(found) <= set(known)):
+        if isinstance(classes, str): return numbers, None, wrong
         outside = np.flatnonzero((numbers < 0) | (numbers >= len(known))).tolist()
-        return numbers, known, [(row, f'{name} {numbers[row]}: expected 0 to {len(known) - 1}') for row in outside]
+        said = [(row, f'{name} {numbers[row]}: expected 0 to {len(known) - 1}') for row in outside]
+        return numbers, known, wrong + said
     index, bad = {text: i for i, text in enumerate(known)}, []
     if isinstance(classes, str) and len(wrong) < len(labels):
         mixed = sorted(set(range(len(labels))) - {row for row, _ in wrong})
@@ -309,10 +315,10 @@ def manifest_of(
 ) -> Manifest:
     "A table as a manifest"
     others = {name[1:]: batch[name] for name in batch.schema.names if name.startswith('.')}
-    labels = batch['label'].to_numpy() if 'label' in batch.schema.names else constant(-1, len(batch))
+    labels = int64_values(batch['label']) if 'label' in batch.schema.names else constant(-1, len(batch))
     about = {key.decode(): value.decode() for key, value in batch.schema.metadata.items()}
     names = json.loads(about['classes'])
-    return Manifest(about['root'], batch['path'], labels, batch['id'].to_numpy(), others, classes=names and tuple(names))
+    return Manifest(about['root'], batch['path'], labels, int64_values(batch['id']), others, classes=names and tuple(names))
 
 # %% ../../nbs/data/10_tables.ipynb #t0b00014
 def _read_list(
