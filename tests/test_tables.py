@@ -17,7 +17,7 @@ from umt.core.columns import cache_folder, mapped_place, number_names
 from umt.data import rows as rows_module
 from umt.data.captions import read_captions, read_text_table, share_ids
 from umt.data.containers import LinkError, UnreadableVideo, VideoError
-from umt.data.rows import ManifestError, file_rows, json_rows, jsonl_rows, row_blocks
+from umt.data.rows import ManifestError, file_rows, json_rows, jsonl_rows
 from umt.data.tables import check_labels, listed_name, read_manifest, resolve, shared_manifest
 
 
@@ -107,8 +107,8 @@ def test_labelled_lists_and_webvid_with_stray_quotes(write):
 ])
 def test_quotes_that_are_right_or_text(write, text, expected):
     assert pairs(read_captions(write('c.csv', HEAD + text))) == expected
-    assert [tuple(row) for rows in row_blocks_of(write('c.csv', (HEAD + text).replace('\r\n', '\n').replace('\r', '\n')), 7)
-            for row in zip(*rows.table.to_pydict().values())] == expected
+    blocks = row_blocks_of(write('c.csv', (HEAD + text).replace('\r\n', '\n').replace('\r', '\n')), 7)
+    assert [row for rows in blocks for row in zip(*rows.table.to_pydict().values())] == expected
 
 
 def test_exact_and_fast_reading_agree(write, monkeypatch):
@@ -169,7 +169,8 @@ def test_folders_pipes_and_missing_files(tmp_path):
     for kind in ('json', 'jsonl', 'parquet', 'db'): (tmp_path/f'folder.{kind}').mkdir()
     assert 'a folder' in complaints(read_manifest, tmp_path/'folder.csv')[0][1]
     for kind in ('json', 'jsonl', 'parquet', 'db'):
-        assert 'a folder' in complaints(lambda file: list(file_rows(file, ['path'], None)), tmp_path/f'folder.{kind}')[0][1]
+        def read(file): return list(file_rows(file, ['path'], None))
+        assert 'a folder' in complaints(read, tmp_path/f'folder.{kind}')[0][1]
     for read in (read_manifest, read_captions):
         assert 'a pipe' in complaints(read, tmp_path/'pipe.csv')[0][1]
         with pytest.raises(FileNotFoundError, match='none.csv'): read(tmp_path/'none.csv')
@@ -242,8 +243,8 @@ def test_caption_header_with_spaces(write):
 
 @pytest.mark.parametrize('label, good', [
     ('3', 3), ('"3"', 3), ('" 3 "', 3), ('-1', -1), ('3.7', None), ('3.0', None), ('true', None), ('NaN', None),
-    ('null', None), ('"abseiling"', None), ('""', None), ('[3]', None), ('9' * 5000, None), ('"' + '9' * 30 + '"', None),
-    ('"٣"', None), ('"0x1f"', None), ('"+3"', None), ('9' * 25, None)])
+    ('null', None), ('"abseiling"', None), ('""', None), ('[3]', None), ('9' * 5000, None),
+    ('"' + '9' * 30 + '"', None), ('"٣"', None), ('"0x1f"', None), ('"+3"', None), ('9' * 25, None)])
 @pytest.mark.parametrize('kind', ['json', 'jsonl', 'csv'])
 def test_labels_are_whole_numbers(write, kind, label, good):
     row = f'{{"path": "a.mp4", "label": {label}}}'
@@ -289,7 +290,8 @@ def test_names_of_classes(write):
 
 DEEP = '[' * 100_000
 JSON = [
-    (DEEP, 'nested too deeply'), ('[' + '{"a":' * 100_000, 'nested too deeply'), ('[{"path": "a.mp4", "label": ' + DEEP, 'deeply'),
+    (DEEP, 'nested too deeply'), ('[' + '{"a":' * 100_000, 'nested too deeply'),
+    ('[{"path": "a.mp4", "label": ' + DEEP, 'nested too deeply'),
     ('[{"path": "a.mp4", "label": ' + '9' * 5000 + '}]', 'too many digits'),
     ('[{"path": "a.mp4", "path": "b.mp4", "label": 1}]', "several values of 'path'"),
     ('[{"path": "a.mp4", "label": NaN}]', 'NaN is no number'), ('[{"path": "a.mp4", "label": -Infinity}]', 'no number'),
@@ -345,7 +347,8 @@ def test_parquet_files_that_are_wrong(write, tmp_path):
                         ({'video': [None, 'a.mp4'], 'caption': ['x', None]}, 'expected a path')):
         parquet.write_table(pa.table(table), tmp_path/'bad.parquet')
         assert said in complaints(read_captions, tmp_path/'bad.parquet')[0][1]
-    raw = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, 4], np.int32)), pa.py_buffer(b'caf\xe9')])
+    buffers = [None, pa.py_buffer(np.array([0, 4], np.int32)), pa.py_buffer(b'caf\xe9')]
+    raw = pa.Array.from_buffers(pa.string(), 1, buffers)
     parquet.write_table(pa.table({'video': raw, 'caption': ['x']}), tmp_path/'bad.parquet')
     assert 'UTF' in complaints(read_captions, tmp_path/'bad.parquet')[0][1].upper()
     parquet.write_table(pa.table([pa.array(['a'])] * 2, ['path', 'path']), tmp_path/'bad.parquet')
@@ -373,7 +376,8 @@ def test_databases_that_are_wrong(tmp_path):
 # ---- paths
 
 def test_windows_separators(write, tmp_path):
-    for read, file in ((read_manifest, write('l.csv', 'sub\\a.mp4,1\n')), (read_captions, write('c.csv', HEAD + 'sub\\a.mp4,x\n')),
+    for read, file in ((read_manifest, write('l.csv', 'sub\\a.mp4,1\n')),
+                       (read_captions, write('c.csv', HEAD + 'sub\\a.mp4,x\n')),
                        (read_manifest, write('l.json', json.dumps([dict(path='sub\\a.mp4', label=1)])))):
         assert "write 'sub/a.mp4'" in complaints(read, file)[0][1]
     (tmp_path/'sub\\a.mp4').write_bytes(b'')
@@ -518,10 +522,12 @@ def test_names_are_numbered_exactly(monkeypatch):
     def of(start, stop): return names[start:stop]
     expected = names.dictionary_encode().indices.to_numpy()
     for block in (1, 7, 10_000): assert (number_names(of, len(names), block) == expected).all()
-    assert (number_names(lambda a, b: names[500:][a:b], 100) == names[500:600].dictionary_encode().indices.to_numpy()).all()
+    part = names[500:600]
+    assert (number_names(lambda a, b: part[a:b], 100) == part.dictionary_encode().indices.to_numpy()).all()
     assert number_names(of, 0).tolist() == []
     weak = columns._hashes # two names with the same 64 bits
-    monkeypatch.setattr(columns, '_hashes', lambda text, base: weak(text, base) % np.uint64(7 if base % 2**32 == 0x7F4A7C15 else 2**40))
+    def equal(text, base, powers): return weak(text, base, powers) % np.uint64(7 if base % 2**32 == 0x7F4A7C15 else 2**40)
+    monkeypatch.setattr(columns, '_hashes', equal)
     assert (number_names(of, len(names)) == expected).all()
 
 
@@ -534,13 +540,12 @@ def test_manifests_of_other_readers_are_shared(write, cached):
 
 # ---- speed
 
-def test_650_000_lines_take_a_second(write):
-    n = 130_000 # a fifth of it
-    for name, text in (('l.csv', 'path,label\n' + ''.join(f'k710/c_{i % 710}/v_{i}.mp4,{i % 710}\n' for i in range(n))),
-                       ('l.txt', ''.join(f'k710/c_{i % 710}/v_{i}.mp4 {i % 710}\n' for i in range(n)))):
-        file, times = write(name, text), []
-        for _ in range(3):
-            start = time.process_time()
-            assert len(read_manifest(file)) == n
-            times.append(time.process_time() - start)
-        assert min(times) < .4, times
+def test_plain_lists_are_read_as_columns(write, monkeypatch):
+    "Record by record only where it has to be: 650,000 lines take less than a second so."
+    monkeypatch.setattr(rows_module, '_exact_rows', lambda *_: pytest.fail('read record by record'))
+    for name, text in (('l.csv', 'path,label\n' + ''.join(f'a/v_{i}.mp4,{i % 7}\n' for i in range(99))),
+                       ('l.txt', ''.join(f'a/v_{i}.mp4 {i % 7}\n' for i in range(99))),
+                       ('t.txt', ''.join(f'a/v_{i}.mp4\t{i % 7}\n' for i in range(99))),
+                       ('q.csv', 'path,label,note\n' + ''.join(f'a/v_{i}.mp4,{i % 7},"a, ""b"""\n' for i in range(99))),
+                       ('w.csv', 'path,label,note\n' + ''.join(f'a/v_{i}.mp4,{i % 7},a "b"\n' for i in range(99)))):
+        assert clips(read_manifest(write(name, text))) == [(f'a/v_{i}.mp4', i % 7) for i in range(99)]

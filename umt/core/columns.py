@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'CACHE_FROM', 'cache_folder', 'open_table', 'Columns', 'shared_table', 'table_of', 'constant',
-           'int64_values', 'mapped_place', 'packed', 'unpacked', 'take_columns', 'number_names', 'synthetic_pairs',
-           'process_memory', 'peak_memory', 'measure_reading']
+           'int64_values', 'mapped_place', 'packed', 'unpacked', 'take_columns', 'number_names', 'label_wrong',
+           'check_labels', 'number_classes']
 
 # %% ../../nbs/core/10_columns.ipynb #c0b00003
 import fcntl
@@ -13,21 +13,16 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import re
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Event, Thread
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow import csv, parquet
 
 from .files import complete
 
@@ -77,7 +72,7 @@ class Columns:
         values: pa.Array, # of the same type each time
     ):
         "Append to a column"
-        if isinstance(values, pa.ChunkedArray): return [self.add(name, chunk) for chunk in values.chunks] and None
+        if isinstance(values, pa.ChunkedArray): values = values.combine_chunks()
         self.kinds.setdefault(name, values.type)
         kept = pa.types.is_large_string(values.type) or pa.types.is_int64(values.type)
         if self.folder is None or values.null_count or not kept or name in self.chunks or not len(values):
@@ -90,10 +85,9 @@ class Columns:
         self._write(name, 'text', values.buffers()[2][offsets[0]:offsets[-1]] if offsets[-1] > offsets[0] else b'')
         self.ends[name] = end + int(offsets[-1] - offsets[0])
 
-    def _file(self, name: str, what: str) -> Path:
-        return self.folder/f'{list(self.kinds).index(name)}.{what}'
+    def _file(self, name, what): return self.folder/f'{list(self.kinds).index(name)}.{what}'
 
-    def _write(self, name: str, what: str, content):
+    def _write(self, name, what, content):
         with open(self._file(name, what), 'ab') as f: f.write(content)
 
     def _mapped(self, name: str, what: str) -> pa.Buffer:
@@ -110,8 +104,7 @@ class Columns:
         kept += self.chunks.get(name, [])
         return kept[0] if len(kept) == 1 else pa.concat_arrays(kept or [pa.array([], self.kinds[name])])
 
-    def batch(self, **metadata: str) -> pa.RecordBatch:
-        "All columns, and words about them"
+    def batch(self, **metadata: str) -> pa.RecordBatch: # all columns, and words about them
         batch = pa.RecordBatch.from_arrays([self.array(name) for name in self.kinds], list(self.kinds))
         return batch.replace_schema_metadata({'version': _VERSION, **metadata})
 
@@ -120,7 +113,8 @@ def _make_table(file: Path, build: Callable[[Columns], pa.RecordBatch]):
     "Write an Arrow file of one batch, complete or not there"
     with complete(file) as unfinished, TemporaryDirectory(dir=file.parent, prefix='.columns.', suffix='.tmp') as folder:
         batch = build(Columns(Path(folder)))
-        with pa.OSFile(str(unfinished), 'wb') as sink, pa.ipc.new_file(sink, batch.schema) as out: out.write_batch(batch)
+        with pa.OSFile(str(unfinished), 'wb') as sink, pa.ipc.new_file(sink, batch.schema) as out:
+            out.write_batch(batch)
 
 def shared_table(
     about: str, # what the table is made from, and how: the same text, the same table
@@ -138,7 +132,7 @@ def shared_table(
             if (found := open_table(str(file))) is not None: return found
             _make_table(file, build)
         for old in folder.glob(f'{prefix}-*') if source else (): # processes that have mapped one keep it
-            if not old.name.startswith(f'{prefix}-{digest}') and old.stat().st_mtime < os.stat(source).st_mtime: old.unlink()
+            if old.stem != file.stem and old.stat().st_mtime < os.stat(source).st_mtime: old.unlink()
         if (found := open_table(str(file))) is not None: return found
     except OSError as e: logger.warning('%s: the table cannot be kept and is held in memory (%s)', folder, e)
     return build(Columns())
@@ -193,19 +187,21 @@ def mapped_place(
     if isinstance(values, pa.Array):
         there = _places.get(values.buffers()[1].address) if len(values) and values.buffers()[1] else None
         return there and _Mapped(*there[:2], values.offset, len(values), False)
-    if not isinstance(values, np.ndarray) or values.dtype != np.int64 or values.strides != (8,) or not _places: return None
+    if not isinstance(values, np.ndarray) or values.dtype != np.int64 or values.strides != (8,): return None
     address = values.ctypes.data
     for begin, (file, column, rows) in _places.items():
         if begin <= address < begin + 8 * rows and pa.types.is_int64(_tables[file][column].type):
             return _Mapped(file, column, (address - begin) // 8, len(values), True)
     return None
 
+# %% ../../nbs/core/10_columns.ipynb #c0b00023
 def packed(
     value: object, # an array, a dict of arrays, or anything else
 ) -> object: # the same with mapped arrays as the names of their places
     "What goes to another process"
     if isinstance(value, dict): return {name: packed(column) for name, column in value.items()}
-    if isinstance(value, np.ndarray) and value.strides == (0,) and len(value): return _Constant(int(value[0]), len(value))
+    if isinstance(value, np.ndarray) and value.strides == (0,) and len(value):
+        return _Constant(int(value[0]), len(value))
     return mapped_place(value) or value
 
 def unpacked(
@@ -238,13 +234,17 @@ def take_columns(
     return {name: batch[name] for name in columns}
 
 # %% ../../nbs/core/10_columns.ipynb #c0b00016
-def _powers(base: int, count: int) -> np.ndarray: # uint64 [count]
-    "base**0, base**1, ... modulo 2**64"
-    return np.concatenate([np.ones(1, np.uint64), np.cumprod(np.full(count - 1, base, np.uint64))])
+class _Powers(dict):
+    "base -> base**0, base**1, ... modulo 2**64, as many as were needed so far"
+    def first(self, base: int, count: int) -> np.ndarray: # uint64 [count]
+        if len(self.get(base, ())) < count:
+            self[base] = np.concatenate([np.ones(1, np.uint64), np.cumprod(np.full(count + count // 8, base, np.uint64))])
+        return self[base][:count]
 
 def _hashes(
     names: pa.Array, # large_string
     base: int, # odd
+    powers: _Powers, # of it and of its inverse
 ) -> np.ndarray: # uint64, one per name
     "The bytes of each name as the digits of a number, modulo 2**64"
     if not len(names): return np.empty(0, np.uint64)
@@ -253,11 +253,12 @@ def _hashes(
     if not size: return np.zeros(len(names), np.uint64)
     text = np.frombuffer(names.buffers()[2], np.uint8)[begin:offsets[-1]]
     sums = np.zeros(size + 1, np.uint64)
-    np.cumsum((text.astype(np.uint64) + np.uint64(1)) * _powers(base, size), out=sums[1:])
+    np.cumsum((text.astype(np.uint64) + np.uint64(1)) * powers.first(base, size), out=sums[1:])
     at = offsets - begin
-    back = _powers(pow(base, -1, 2**64), size + 1)[at[:-1]]
+    back = powers.first(pow(base, -1, 2**64), size + 1)[at[:-1]]
     return (sums[at[1:]] - sums[at[:-1]]) * back
 
+# %% ../../nbs/core/10_columns.ipynb #c0b00024
 def number_names(
     names: Callable[[int, int], pa.Array], # large_string, the names of rows `start` to `stop`
     count: int, # rows
@@ -265,9 +266,9 @@ def number_names(
 ) -> np.ndarray: # int64, the same number for the same name, counted by first occurrence
     "Names as numbers"
     def hashes(base):
-        found = np.empty(count, np.uint64)
+        found, powers = np.empty(count, np.uint64), _Powers()
         for start in range(0, count, block):
-            found[start:start + block] = _hashes(names(start, min(start + block, count)), base)
+            found[start:start + block] = _hashes(names(start, min(start + block, count)), base, powers)
         return found
     values = hashes(0x9E3779B97F4A7C15)
     ranked = np.sort(values)
@@ -284,81 +285,61 @@ def number_names(
     numbers[order] = (np.cumsum(seen) - 1)[first]
     return numbers
 
-# %% ../../nbs/core/10_columns.ipynb #c0b00019
-def synthetic_pairs(
-    count: int, # rows
-    folder: str | Path, # is made; gets pairs.parquet and pairs.csv
-    block: int = 1 << 18, # rows that are written at once
-) -> tuple[Path, Path]: # the two files: columns video and caption
-    "Pairs of a path of 18 and a sentence of 60 characters, all different, to measure with"
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    schema = pa.schema({'video': pa.string(), 'caption': pa.string()})
-    with (parquet.ParquetWriter(folder/'pairs.parquet', schema) as columns,
-          csv.CSVWriter(folder/'pairs.csv', schema, write_options=csv.WriteOptions(quoting_style='needed')) as lines):
-        for start in range(0, count, block):
-            rows = pa.array(np.arange(start, min(start + block, count)))
-            number, group = rows.cast(pa.string()), pa.array(int64_values(rows) % 9973).cast(pa.string())
-            path = pc.binary_join_element_wise(group, '/', number, '.mp4', '')
-            said = pc.binary_join_element_wise('a person does thing number ', number, ' in a house, slowly and twice', '')
-            table = pa.table([path, said], schema=schema)
-            columns.write_table(table)
-            lines.write_table(table)
-    return folder/'pairs.parquet', folder/'pairs.csv'
+# %% ../../nbs/core/10_columns.ipynb #t0b00012
+_NAMED = "are these names of classes? classes='sorted' numbers them, or give all names in label order"
 
-def process_memory() -> dict[str, float]: # MiB
-    "Memory of this process: resident, its share of that (pss), and private: its own, which cannot be dropped (Linux)"
-    lines = Path('/proc/self/smaps_rollup').read_text()
-    names = {'resident': 'Rss', 'pss': 'Pss', 'private': 'Private_Dirty'}
-    return {ours: int(re.search(rf'(?m)^{theirs}:\s+(\d+) kB', lines)[1]) / 1024 for ours, theirs in names.items()}
+def label_wrong(
+    value: object, # that was found
+    name: str, # of the column
+    hint: str = '', # what may help
+) -> str: # what is wrong with it
+    "A complaint about a label"
+    return f'no {name!r}' if value in (None, '') else f'{name} {value!r}: expected an integer{hint}'
 
-@contextmanager
-def peak_memory() -> Iterator[list[float]]: # private MiB, every 20 ms
-    "Context in which a thread looks at the memory that is not of files"
-    done, seen = Event(), []
-    def look():
-        while not done.wait(.02): seen.append(int(re.search(r'RssAnon:\s+(\d+)', Path('/proc/self/status').read_text())[1]) / 1024)
-    thread = Thread(target=look)
-    thread.start()
-    try: yield seen
-    finally:
-        done.set()
-        thread.join()
+def check_labels(
+    labels: pa.Array, # of any type
+    name: str = 'label', # of the column
+) -> tuple[np.ndarray, list[tuple[int, str]]]: # int64 (0 where it is none), and (row, what is wrong)
+    "A column of numbers, or of text that is numbers"
+    if pa.types.is_dictionary(labels.type): labels = labels.dictionary_decode()
+    if pa.types.is_string(labels.type): labels = labels.cast(pa.large_string())
+    if pa.types.is_large_string(labels.type):
+        labels = pc.utf8_trim_whitespace(labels)
+        good = pc.fill_null(pc.match_substring_regex(labels, r'^-?[0-9]{1,18}$'), False)
+    elif pa.types.is_integer(labels.type) and labels.type != pa.uint64(): good = labels.is_valid()
+    else: good = pa.array(np.zeros(len(labels), bool))
+    wrong = np.flatnonzero(~good.to_numpy(zero_copy_only=False)).tolist()
+    if not wrong: return labels.cast(pa.int64()).to_numpy(), []
+    bad = [labels[row].as_py() for row in wrong]
+    words = all(isinstance(value, str) and re.search(r'[^\W\d]', value) for value in bad)
+    complaints = [(row, label_wrong(value, name, f' ({_NAMED})' if words else '')) for row, value in zip(wrong, bad)]
+    numbers = np.zeros(len(labels), np.int64)
+    right = labels.filter(good)
+    if len(right): numbers[good.to_numpy(zero_copy_only=False)] = right.cast(pa.int64()).to_numpy()
+    return numbers, complaints
 
-# %% ../../nbs/core/10_columns.ipynb #c0b00020
-def _look_at_rows(pipe, table):
-    "A loader worker: looks at rows here and there, and says what memory it has for itself"
-    for row in np.random.default_rng(0).integers(0, len(table), 10_000).tolist():
-        table.name(row), int(table.ids[row]), [column[row].as_py() for column in table.columns.values()]
-    pipe.send(process_memory()['private'])
-
-def _read_once(pipe, read, file):
-    "A training process: reads, and starts a worker"
-    before, wall, cpu = process_memory(), time.perf_counter(), time.process_time()
-    with peak_memory() as seen: table = read(file)
-    wall, cpu, after = time.perf_counter() - wall, time.process_time() - cpu, process_memory()
-    receiver, sender = get_context('fork').Pipe(False)
-    worker = get_context('fork').Process(target=_look_at_rows, args=(sender, table))
-    worker.start()
-    private = receiver.recv()
-    worker.join()
-    pipe.send(dict(rows=len(table), seconds=wall, cpu_seconds=cpu, us_per_row=cpu / len(table) * 1e6,
-                   before=before['private'], private=after['private'], peak=max([after['private'], *seen]), worker_private=private,
-                   pickle_bytes=len(pickle.dumps(table))))
-
-def measure_reading(
-    read: Callable, # function of a file, to a `Manifest`; importable by name
-    file: str | Path, # a list
-) -> dict[str, dict]: # 'cold' and 'mapped': rows, seconds, us_per_row (CPU), pickle_bytes; private, peak, ... in MiB
-    """What reading a list costs the first process of a node and the next one. The cache that `$UMT_CACHE` names should
-    not have the list yet"""
-    found, context = {}, get_context('spawn')
-    for what in ('cold', 'mapped'):
-        receiver, sender = context.Pipe(False)
-        process = context.Process(target=_read_once, args=(sender, read, file))
-        process.start()
-        sender.close()
-        try: found[what] = receiver.recv()
-        except EOFError: raise RuntimeError(f'{file}: the process that reads it ended; its message is above') from None
-        finally: process.join()
-    return found
+# %% ../../nbs/core/10_columns.ipynb #t0b00021
+def number_classes(
+    labels: pa.Array, # names, or numbers
+    classes: Sequence[str] | str, # names in label order, or 'sorted'
+    name: str = 'label', # of the column
+) -> tuple[np.ndarray, tuple[str, ...], list[tuple[int, str]]]: # int64, names in label order, (row, what is wrong)
+    "Names of classes as labels. Where every label is a number, it is the class's place in `classes`"
+    texts = labels.cast(pa.large_string()) if not pa.types.is_large_string(labels.type) else labels
+    numbers, wrong = check_labels(labels, name)
+    found = sorted(set(texts.drop_null().to_pylist()) - {''})
+    known = tuple(found if isinstance(classes, str) else classes)
+    if len(set(known)) < len(known): raise ValueError(f'classes: expected different names, found {list(known)!r:.200}')
+    if not wrong and (isinstance(classes, str) or not set(found) <= set(known)):
+        if isinstance(classes, str): return numbers, None, []
+        outside = np.flatnonzero((numbers < 0) | (numbers >= len(known))).tolist()
+        return numbers, known, [(row, f'{name} {numbers[row]}: expected 0 to {len(known) - 1}') for row in outside]
+    index, bad = {text: i for i, text in enumerate(known)}, []
+    if isinstance(classes, str) and len(wrong) < len(labels):
+        mixed = sorted(set(range(len(labels))) - {row for row, _ in wrong})
+        said = 'a number, where other rows have names of classes'
+        bad = [(row, f'{name} {texts[row].as_py()!r}: {said}') for row in mixed]
+    rows = texts.to_pylist()
+    for row in (row for row, text in enumerate(rows) if text not in index):
+        bad.append((row, f'{name} {rows[row]!r}: none of the {len(known)} classes' if rows[row] else f'no {name!r}'))
+    return np.array([index.get(text, -1) for text in rows], np.int64), known, bad

@@ -169,7 +169,7 @@ def record(
     at: int, # where the record begins
     layout: Layout, # of the file
     first: int, # number of the block's first line
-) -> tuple[list[str] | str | None, int]: # fields, or a complaint, or None if the block ends first; the next line's index
+) -> tuple[list[str] | str | None, int]: # fields, a complaint, or None if the block ends first; next index
     "A record of a CSV file, which may have several lines"
     def split(text): return split_fields(text, layout.separator, layout.spaces)
     fields, text, opened = split(lines[at]), lines[at], f'a quote opened on line {first + at}'

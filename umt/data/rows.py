@@ -76,8 +76,9 @@ def _refuse_other_layouts(
                                             'called (path=, label=), or rename it')])
     for layout, what, pattern in [*reversed(_OTHERS.get(count, [])), _ID_TEXT]:
         if 2 * sum(bool(re.fullmatch(pattern, line)) for _, line in rows) <= len(rows): continue
+        expected = 'path label' if count == 2 else 'one field a line'
         raise ManifestError(file, [(number, f"{line!r:.200}: the layout '{layout}' ({what}), which is not read here; "
-            f"expected {'path label' if count == 2 else 'one field a line'!r}, or columns= with the names of all fields")])
+                                            f'expected {expected!r}, or columns= with the names of all fields')])
 
 # %% ../../nbs/data/09_rows.ipynb #r0b00012
 class Rows(NamedTuple):
@@ -106,7 +107,8 @@ def _arrow_table(
     wanted: Sequence[str] | None, # columns; None: all
 ) -> pa.Table | None: # of large_string; None: to be read record by record
     "The block as Arrow reads it, if that is sure to be right"
-    quote = layout.quote and b'"' in block and (None if layout.list or layout.spaces else _quoting(block, layout.separator))
+    quote = layout.quote and b'"' in block
+    if quote: quote = None if layout.list or layout.spaces else _quoting(block, layout.separator)
     if quote is None: return None
     separator = '\t' if layout.list and layout.separator == ' ' and b'\t' in block else layout.separator
     options = csv.ReadOptions(column_names=list(layout.names))
@@ -120,6 +122,18 @@ def _arrow_table(
     return pa.table({name: pc.utf8_trim_whitespace(table[name]) for name in table.column_names})
 
 # %% ../../nbs/data/09_rows.ipynb #r0b00013
+def _count_wrong(
+    line: str, # where a record begins
+    fields: list[str] | None, # of the record; None: a quote is open at the file's end
+    layout: Layout, # of the file
+    number: int, # of the line
+) -> str | None: # complaint
+    "Are there as many fields as in the header?"
+    if fields is None: return f'a quote opened on line {number} is never closed: {line[:80]!r}'
+    if len(fields) == layout.count: return None
+    if layout.list: return f'expected {layout.count} fields separated by {layout.separator!r}, found {line!r:.100}'
+    return f'expected {layout.count} fields, found {len(fields)} in {line[:100]!r}'
+
 def _exact_rows(
     block: bytes, # whole lines in UTF-8
     first: int, # number of the first one
@@ -130,18 +144,18 @@ def _exact_rows(
     "The block's rows one by one, each with its line"
     lines, at, rows, numbers, bad = block.decode().split('\n')[:-1], 0, [], [], []
     while at < len(lines):
-        line, here = lines[at], at
-        if not line.strip(): at = at + 1; continue
-        if layout.list: fields, at = _split_list(line, layout), at + 1
-        elif not layout.quote or '"' not in line: fields, at = split_fields(line, layout.separator, layout.spaces), at + 1
-        else: fields, at = record(lines, at, layout, first)
-        if fields is None and not last: break
-        if fields is None: fields, at = f'a quote opened on line {first + here} is never closed: {line[:80]!r}', here + 1
-        elif isinstance(fields, list) and len(fields) != layout.count:
-            by = f' separated by {layout.separator!r}, found {line!r:.100}'
-            fields = f'expected {layout.count} fields' + (by if layout.list else f', found {len(fields)} in {line[:100]!r}')
-        if isinstance(fields, str): bad.append((first + here, fields))
+        line, here, at = lines[at], at, at + 1
+        if not line.strip(): continue
+        if layout.list: fields = _split_list(line, layout)
+        elif layout.quote and '"' in line: fields, at = record(lines, here, layout, first)
+        else: fields = split_fields(line, layout.separator, layout.spaces)
+        if fields is None and not last:
+            at = here
+            break
+        wrong = fields if isinstance(fields, str) else _count_wrong(line, fields, layout, first + here)
+        if wrong: bad.append((first + here, wrong))
         else: rows.append(fields), numbers.append(first + at - 1)
+        at = max(at, here + 1)
     columns = dict(zip(layout.names, zip(*rows))) if rows else dict.fromkeys(layout.names, ())
     table = {name: pa.array(columns[name], pa.large_string()) for name in wanted or layout.names}
     rest = ''.join(line + '\n' for line in lines[at:]).encode()
@@ -162,6 +176,7 @@ def header_layout(
         raise ManifestError(file, [(1, f'a header with several columns {twice[0]!r}: {names}')])
     return Layout(tuple(names), separator, quote=quote, spaces=spaces)
 
+# %% ../../nbs/data/09_rows.ipynb #r0b00025
 def find_layout(
     file: Path, # for complaints
     block: bytes, # its first lines
@@ -178,6 +193,7 @@ def find_layout(
         _refuse_other_layouts(file, block[:1 << 16].decode(errors='ignore').split('\n')[:1000], len(columns))
     return Layout(tuple(columns), separator or _list_separator(block, len(columns)), header=False, list=True)
 
+# %% ../../nbs/data/09_rows.ipynb #r0b00026
 def text_rows(
     file: Path, # in text form
     layout: Callable[[bytes], Layout], # function of the first block
