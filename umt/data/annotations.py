@@ -29,11 +29,12 @@ logger = logging.getLogger(__name__)
 # %% ../../nbs/data/13_annotations.ipynb #10be6cbb
 _QUOTED = r'"(?:[^"]|"")*"'
 _STYLES = [re.compile(style) for style in ( # name and index of a line
-    rf'(?P<name>{_QUOTED}|.*?)\s*[,;\t]\s*"?(?P<index>\d{{1,9}})"?',
-    rf'"?(?P<index>\d{{1,9}})"?\s*[,;\t]\s*(?P<name>{_QUOTED}|.*)',
-    rf'(?P<index>\d{{1,9}})\s+(?P<name>{_QUOTED}|.*)',
-    rf'(?P<name>{_QUOTED}|.*\S)\s+(?P<index>\d{{1,9}})')]
-_HEADER = {'id', 'index', 'idx', 'number', 'name', 'label', 'labels', 'class', 'classes', 'category', 'categories', 'action'}
+    rf'(?P<name>{_QUOTED}|.*?)\s*[,;\t]\s*"?(?P<index>\d+)"?',
+    rf'"?(?P<index>\d+)"?\s*[,;\t]\s*(?P<name>{_QUOTED}|.*)',
+    rf'(?P<index>\d+)\s+(?P<name>{_QUOTED}|.*)',
+    rf'(?P<name>{_QUOTED}|.*\S)\s+(?P<index>\d+)')]
+_HEADER = {'id', 'index', 'idx', 'number', 'name', 'label', 'labels', 'class', 'classes', 'category', 'categories',
+           'action'}
 
 def _is_header(
     line: str, # the first one
@@ -47,7 +48,7 @@ def _fit(
 ) -> int: # 0: the lines are not in this style; 2: they are, and their numbers are 0, 1, 2, ...; 1: they are, but
     "How well a style describes the lines"
     found = [match for match in map(style.fullmatch, lines) if match]
-    numbers = [int(match['index']) for match in found]
+    numbers = [int(match['index'][:18]) for match in found]
     if 2 * len(found) <= len(lines): return 0
     if style is _STYLES[-1]: # 'class 0', 'class 1' are names: all lines must be in this style, and say different things
         names = {match['name'] for match in found}
@@ -77,7 +78,7 @@ def _text_classes(
         if len(rest) < len(lines): raise ValueError(f'{lines[0]!r}: a header? Expected class names, one per line')
         return [(n, line, i) for i, (n, line) in enumerate(numbered)]
     found = [(n, line, style.fullmatch(line)) for n, line in numbered]
-    return [(n, match['name'], int(match['index'])) if match else (n, line, None) for n, line, match in found]
+    return [(n, match['name'], int(match['index'][:18])) if match else (n, line, None) for n, line, match in found]
 
 # %% ../../nbs/data/13_annotations.ipynb #bf8b9d00
 def _json_classes(
@@ -198,7 +199,8 @@ class _Places:
         "`ValueError` if another clip lies there"
         clip = tuple(row[name] for name in self.names)
         other, before = self.seen.setdefault(path, (clip, label))
-        if other != clip: raise ValueError(f'{path!r} is the place of two clips, {other} and {clip}; give another layout')
+        if other != clip:
+            raise ValueError(f'{path!r} is the place of two clips, {other} and {clip}; give another layout')
         if self.names and before != label: self.repeated.append(path)
 
 # %% ../../nbs/data/13_annotations.ipynb #946df81a

@@ -81,7 +81,7 @@ def _checked(
     expected: str, # for the message
 ) -> Rows: # with complaints about the others; the rows stay
     "Look through a whole column"
-    fits = pc.fill_null(pc.match_substring_regex(columns.table[name], right), False)
+    fits = pc.fill_null(pc.match_substring_regex(columns.table[name].cast(pa.large_string()), right), False)
     rows = np.flatnonzero(~fits.to_numpy()).tolist()
     found = [(int(columns.lines[i]), f'{name} {columns.table[name][i].as_py()!r:.100}: {expected}') for i in rows]
     return columns._replace(bad=[*columns.bad, *found])
@@ -101,10 +101,12 @@ def _webvid(file: Path, root: str, fields: Sequence[str]) -> Rows:
     columns = columns._replace(table=columns.table.append_column('caption', columns.table['name']))
     return _checked(columns, 'videoid', r'^[\w-]+$', 'expected a whole number')
 
+# %% ../../nbs/data/15_caption_formats.ipynb #cf00021b
+_ADDRESS = r'^(?i:https?|ftp):\S+$'
+
 @row_format('captions', 'cc', medium='url')
 def _cc(file: Path, root: str, fields: Sequence[str]) -> Rows:
-    """Conceptual Captions' Train_GCC-training.tsv (caption, address) and cc12m.tsv (address, caption), with or without a
-    header
+    """Conceptual Captions: Train_GCC-training.tsv (caption, address), cc12m.tsv (address, caption); or with a header
 
         a dog on the grass\thttp://a.b/dog.jpg?size=2
     """
@@ -114,7 +116,7 @@ def _cc(file: Path, root: str, fields: Sequence[str]) -> Rows:
         names = ('url', 'caption') if re.match('(?i)https?:', first[0]) else ('caption', 'url')
         return Layout(names, '\t', header=False, quote=False)
     columns = _joined(text_rows(file, layout, ('caption', 'url')))
-    return _checked(columns, 'url', r'^(?i:https?|ftp):\S+$', 'expected an address, http://...')
+    return _checked(columns, 'url', _ADDRESS, 'expected an address, http://...')
 
 # %% ../../nbs/data/15_caption_formats.ipynb #cf000023
 def _coco_official(
@@ -135,6 +137,7 @@ def _coco_official(
         return image | {'caption': entry['caption']}
     yield from tidied(entries(captions, 'annotation'), tidy)
 
+# %% ../../nbs/data/15_caption_formats.ipynb #cf00023b
 def _coco_karpathy(
     images: list, # of the file
 ) -> RowIterator: # a row per sentence of the parts for training
@@ -149,7 +152,7 @@ def _coco_karpathy(
         else:
             path = '/'.join(str(image.get(name)) for name in ('filepath', 'filename') if name in image)
             image = image | {'path': path, 'image_id': n}
-            yield from ((n, image | {'caption': s.get('raw') if isinstance(s, dict) else s}) for s in sentences)
+            yield from ((n, image | {'caption': s.get('raw') if isinstance(s, dict) else [s]}) for s in sentences)
 
 # %% ../../nbs/data/15_caption_formats.ipynb #cf000024
 @row_format('captions', 'coco', '{path}', medium='image_id')
@@ -194,6 +197,7 @@ def _vg(file: Path, root: str, fields: Sequence[str]) -> Rows:
                     yield line, {'image_id': image_id, 'folder': folder, 'caption': caption}
     return as_columns(rows(), ('image_id', *fields))
 
+# %% ../../nbs/data/15_caption_formats.ipynb #cf00024b
 @row_format('captions', 'sbu', '{name}', medium='url')
 def _sbu(file: Path, root: str, fields: Sequence[str]) -> Rows:
     """SBU's sbu-captions-all.json: lists of the same length
@@ -205,7 +209,8 @@ def _sbu(file: Path, root: str, fields: Sequence[str]) -> Rows:
     if len(urls) != len(captions):
         raise ManifestError(file, [(1, f'{len(urls)} image_urls, {len(captions)} captions')])
     both = zip(urls, captions)
-    return as_columns(((n, {'url': url, 'caption': text}) for n, (url, text) in enumerate(both, 1)), ('url',))
+    rows = ((n, {'url': url, 'caption': text}) for n, (url, text) in enumerate(both, 1))
+    return _checked(as_columns(rows, ('url',)), 'url', _ADDRESS, 'expected an address, http://...')
 
 # %% ../../nbs/data/15_caption_formats.ipynb #cf000026
 def _media_files(
@@ -226,7 +231,8 @@ def _downloaded(
     table = _joined(parquet_rows(file, names)).table
     for name in names:
         if name not in table.column_names: raise ValueError(f'no column {name!r} among {table.column_names}')
-        if table[name].type not in (pa.large_string(), pa.null()): raise ValueError(f'{name}: {table[name].type}, not text')
+        kind = table[name].type
+        if kind not in (pa.large_string(), pa.null()): raise ValueError(f'{name}: {kind}, not text')
     table = table.select(names).cast(pa.schema(dict.fromkeys(names, pa.large_string())))
     good, media = table.filter(pc.equal(table['status'], 'success')), _media_files(file.with_suffix(''))
     for name, keys in (('the table', good['key']), ('the folder', media['key'])):
@@ -237,7 +243,8 @@ def _downloaded(
     lost = good['key'].filter(pc.is_null(place)).to_pylist()
     here = good.filter(pc.is_valid(place)).drop_columns('status')
     names = media['file'].take(pc.drop_null(place))
-    path = pc.binary_join_element_wise(pa.scalar(file.stem, pa.large_string()), names, pa.scalar('/', pa.large_string()))
+    stem, slash = (pa.scalar(text, pa.large_string()) for text in (file.stem, '/'))
+    path = pc.binary_join_element_wise(stem, names, slash)
     return here.append_column('path', path), len(table) - len(good), [f'{file.stem}/{key}' for key in lost]
 
 # %% ../../nbs/data/15_caption_formats.ipynb #cf000027
@@ -262,6 +269,6 @@ def _img2dataset(folder: Path, root: str, fields: Sequence[str]) -> Rows:
     if not tables: raise ManifestError(folder, bad)
     whole = pa.concat_tables(tables)
     if failed: logger.warning('%s: %d downloads had failed and are left out', folder, failed)
-    if lost: logger.warning('%s: %d files are not there and left out, such as %s', folder, len(lost), lost[0])
-    if others: logger.warning('%s: %d folders have no table and are left out, such as %s', folder, len(others), others[0])
+    for what, names in (('folders have no table', others), ('files are not there', lost)):
+        if names: logger.warning('%s: %d %s and are left out, such as %s', folder, len(names), what, names[0])
     return Rows(whole, np.arange(1, len(whole) + 1), bad)

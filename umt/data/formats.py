@@ -29,7 +29,7 @@ class Format:
     "A published annotation file"
     use: str # 'labels', 'captions' or 'retrieval'
     name: str # as users write it
-    read: Callable # labels, retrieval: file -> rows one by one; captions: (file, root, layout's fields) -> `umt.data.rows.Rows`
+    read: Callable # file -> `RowIterator`; of captions: (file, root, fields of the layout) -> `umt.data.rows.Rows`
     layout: str | None # format string of a medium's path below the root; None: downloads differ, it must be given
     facts: dict = field(default_factory=dict) # what else the room that uses it wants to know
 
@@ -48,6 +48,7 @@ def row_format(
         return read
     return register
 
+# %% ../../nbs/data/12_formats.ipynb #fm00007b
 def format_names(
     use: str, # see `Format`
 ) -> tuple[str, ...]: # in the order of registration
@@ -196,15 +197,6 @@ def _kinetics(file: Path) -> RowIterator:
         return _class(row) | {'youtube_id': as_id(row, 'youtube_id'), **times}
     return tidied(file_rows(file, ('youtube_id',), ','), tidy)
 
-@row_format('labels', 'mit', '{path}', clip=('path',), classes='moments_categories.txt')
-def _mit(file: Path) -> RowIterator:
-    """Moments in Time: clip, class, and how many people agreed, without a header
-
-        adult+female+singing/yt-5of6ffo6-Bw_205.mp4,adult+female+singing,4,0
-    """
-    def tidy(row): return _class(row) | {name: as_whole(row, name) for name in ('votes_for', 'votes_against')}
-    return tidied(file_rows(file, ('path', 'label', 'votes_for', 'votes_against'), ','), tidy)
-
 # %% ../../nbs/data/12_formats.ipynb #fm000017
 def _ssv2_rows(
     file: Path, # official annotations
@@ -230,6 +222,16 @@ def _ssv2(file: Path) -> RowIterator:
         if not row.get('template'): return row
         return row | {'label': re.sub(r'[\[\]]', '', as_text(row, 'template'))}
     return _ssv2_rows(file, tidy)
+
+# %% ../../nbs/data/12_formats.ipynb #fm00017b
+@row_format('labels', 'mit', '{path}', clip=('path',), classes='moments_categories.txt')
+def _mit(file: Path) -> RowIterator:
+    """Moments in Time: clip, class, and how many people agreed, without a header
+
+        adult+female+singing/yt-5of6ffo6-Bw_205.mp4,adult+female+singing,4,0
+    """
+    def tidy(row): return _class(row) | {name: as_whole(row, name) for name in ('votes_for', 'votes_against')}
+    return tidied(file_rows(file, ('path', 'label', 'votes_for', 'votes_against'), ','), tidy)
 
 # %% ../../nbs/data/12_formats.ipynb #fm000030
 @row_format('retrieval', 'json', '{video}')
@@ -262,6 +264,7 @@ def _grouped(
         else: videos.setdefault(row['video'], (line, []))[1].append(row['caption'])
     for video, (line, sentences) in videos.items(): yield line, {'video': video, 'caption': sentences}
 
+# %% ../../nbs/data/12_formats.ipynb #fm00030b
 @row_format('retrieval', 'msrvtt', '{video}.mp4', counts=(1000, 1000))
 def _msrvtt(file: Path) -> RowIterator:
     """MSR-VTT: the 1k test set is CSV; in videodatainfo.json are all sentences of all videos
@@ -357,8 +360,11 @@ def _msvd(file: Path) -> RowIterator:
     if file.suffix.lower() == '.csv': return _grouped(_msvd_corpus(file))
     lines = enumerate(read_text(file).split('\n'), 1)
     said = ((n, (line.split(None, 1) + [''])[:2]) for n, line in lines if line.strip() and not line.startswith('#'))
-    rows = ((n, {'video': video, 'caption': caption}) for n, (video, caption) in said)
-    return _grouped(tidied(rows, partial(_sentence, video='video', caption='caption')))
+    def tidy(row):
+        if not re.fullmatch(r'.+_\d+_\d+', row['video']):
+            raise ValueError(f"video {row['video']!r:.60}: expected a clip's name, ID_start_end, before its sentence")
+        return _sentence(row, 'video', 'caption')
+    return _grouped(tidied(((n, {'video': video, 'caption': text}) for n, (video, text) in said), tidy))
 
 # %% ../../nbs/data/12_formats.ipynb #fm000036
 def _ssv2_texts(

@@ -105,6 +105,7 @@ class _Places:
     def add(self, path: str) -> int: # its number
         return self.index.setdefault(path, len(self.index))
 
+# %% ../../nbs/data/16_galleries.ipynb #23fce63f
 def read_gallery(
     kind: str, # of `GALLERIES`
     file: str | Path, # annotations, as published; json: {"video": name or names, "caption": text or texts}
