@@ -296,7 +296,7 @@ def test_other_errors_name_the_file(tmp_path):
     with pytest.raises(ManifestError, match='line 3: expected 2 fields, found 1') as e: read_captions(tmp_path/'a.csv')
     assert [line for line, _ in e.value.rows] == [3, 4]
     (tmp_path/'a.csv').write_bytes(b'image,caption\na.jpg,\xff\n')
-    with pytest.raises(ManifestError, match='not a table in UTF-8'): read_captions(tmp_path/'a.csv')
+    with pytest.raises(ManifestError, match='line 2: not UTF-8: byte 0xff'): read_captions(tmp_path/'a.csv')
     pd.DataFrame(dict(image=['a.jpg'], caption=[{'en': 'x'}])).to_parquet(tmp_path/'a.parquet')
     with pytest.raises(ManifestError, match='a.parquet'): read_captions(tmp_path/'a.parquet')
     pd.DataFrame(dict(picture=['a.jpg'], caption=['x'])).to_parquet(tmp_path/'a.parquet')

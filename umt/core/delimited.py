@@ -95,9 +95,9 @@ def _other_blocks(file: Path, size: int, encoding: str) -> Iterator[bytes]:
     except UnicodeError as e:
         whole = file.read_bytes()
         try: whole.decode(encoding)
-        except UnicodeDecodeError as e: whole = whole[:e.start - e.start % 2]
+        except UnicodeDecodeError as wrong: whole = whole[:wrong.start - wrong.start % 2]
         line = 1 + whole.decode(encoding, 'ignore').count('\n')
-        raise ManifestError(file, [(line, f'not {encoding.upper()}, as its byte-order mark says: {e.reason}')]) from e
+        raise ManifestError(file, [(line, f'not {encoding.upper()}, as its byte-order mark says: {e}')]) from e
 
 def text_blocks(
     file: Path, # in text form
@@ -109,7 +109,8 @@ def text_blocks(
     for block in blocks:
         if b'\r' in block: block = block.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
         if not block.endswith(b'\n'): block += b'\n'
-        yield *_check_lines(block, first)[:1], first, _check_lines(block, first)[1]
+        block, bad = _check_lines(block, first)
+        yield block, first, bad
         first += block.count(b'\n')
 
 # %% ../../nbs/core/09_delimited.ipynb #r0b00008

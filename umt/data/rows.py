@@ -31,7 +31,7 @@ def _split_list(
     "Fields from the right, without the white space around them"
     line, separator = line.strip(), None if layout.separator == ' ' else layout.separator
     if line.startswith('"') and layout.quote:
-        fields = split_fields(line, layout.separator, spaces=True)
+        fields = split_fields(line, layout.separator, spaces=layout.separator != ' ')
         if fields and len(fields) == layout.count: return fields
     return [field.strip() for field in line.rsplit(separator, layout.count - 1)]
 
