@@ -1,6 +1,5 @@
 "Odd annotation files of others, by kind: encodings, headers, quotes, types, order, clashes, repeats, damage."
 import json
-import logging
 
 import pyarrow as pa
 import pytest
@@ -119,12 +118,10 @@ def test_class_lists_that_do_not_add_up(write, name, content, lines):
 
 # ---- Labels: Kinetics
 
-@pytest.mark.parametrize('content, expected', [
-    ('"abseiling","a","0","10","train"\n', None),
-    ('abseiling,a,0,10,train\nabseiling,b,0,10,train\n', 'header')])
-def test_a_header_of_kinetics_that_is_missing(write, tmp_path, content, expected):
-    assert expected is None or expected in complaints(read_annotations, 'kinetics', write('k.csv', content), tmp_path)[0][1]
-    if expected is None: assert complaints(read_annotations, 'kinetics', write('k.csv', content), tmp_path)
+@pytest.mark.parametrize('content', ['"abseiling","a","0","10","train"\n',
+                                     'abseiling,a,0,10,train\nyoga,b,0,10,train\n'])
+def test_a_header_of_kinetics_that_is_missing(write, tmp_path, content):
+    assert 'header' in complaints(read_annotations, 'kinetics', write('k.csv', content), tmp_path)[0][1]
 
 
 @pytest.mark.parametrize('header, part', [
@@ -141,7 +138,7 @@ def test_other_headers_of_kinetics(write, tmp_path, header, part):
 @pytest.mark.parametrize('content', [
     'label, youtube_id, time_start, time_end, split\nabseiling, a, 0, 10, train\n',
     'split,is_cc,time_end,time_start,youtube_id,label\ntrain,0,10,0,a,abseiling\n',
-    'label;youtube_id;time_start;time_end\nabseiling;a;0;10\n' if False else KINETICS + '"abseiling","a",0,10,train\n',
+    KINETICS + '"abseiling","a",0,10,train\n',
     ('\ufeff' + KINETICS + 'abseiling,a,0,10,train\n').replace('\n', '\r\n'),
     (KINETICS + 'abseiling,a,0,10,train\n').encode('utf-16')])
 def test_kinetics_as_spreadsheets_write_it(write, tmp_path, content):
@@ -179,7 +176,7 @@ def test_lists_with_the_names_of_classes(write, tmp_path):
     file, names = write('list.csv', 'a.mp4,yoga\nb.mp4,abseiling\n'), write('names.txt', 'abseiling\nyoga\n')
     assert clips(read_annotations('list', file, tmp_path, names)[0]) == [('a.mp4', 1), ('b.mp4', 0)]
     wrong = complaints(read_annotations, 'list', write('list.csv', 'a.mp4,yoha\n'), tmp_path, names)
-    assert "did you mean 'yoga'" in wrong[0][1]
+    assert "'yoha'" in wrong[0][1]
 
 
 # ---- Labels: Something-Something, Moments in Time
@@ -239,10 +236,10 @@ def test_webvid_as_it_may_be_written(write, content):
 
 
 @pytest.mark.parametrize('content, line, part', [
-    (WEBVID + '1,u,d,p,x\n,u,d,p,y\n', 3, "videoid"), (WEBVID + '1.0,u,d,p,x\n', 2, "videoid '1.0'"),
+    (WEBVID + '1,u,d,p,x\n,u,d,p,y\n', 3, 'videoid'), (WEBVID + '1.0,u,d,p,x\n', 2, "videoid '1.0'"),
     (WEBVID + '1,u,d,,x\n', 2, "no 'page_dir'"), (WEBVID + '1,u,d,p\n', 2, 'expected 5 fields'),
     (WEBVID + '1,u,d,p,caf\xe9\n', 2, 'UTF-8'), (WEBVID + '../../1,u,d,p,x\n', 2, 'videoid'),
-    ('1,u,d,p,x\n2,u,d,p,y\n', 1, 'videoid'), ('videoid,page_dir,caption\n1,p,x\n', 1, "'name'" if False else 'name'),
+    ('1,u,d,p,x\n2,u,d,p,y\n', 1, 'videoid'), ('videoid,page_dir,caption\n1,p,x\n', 1, 'name'),
     (WEBVID, 1, 'no rows')])
 def test_webvid_that_is_damaged(write, content, line, part):
     data = content.encode('latin-1')
@@ -270,7 +267,7 @@ def test_two_media_are_never_one(write, tmp_path):
 
 
 @pytest.mark.parametrize('content', [b'\xef\xbb\xbfhttp://h/d.jpg\ta dog\r\n', b'\xef\xbb\xbfa dog\thttp://h/d.jpg\n',
-                                     'url\tcaption\na dog\thttp://h/d.jpg\n'.replace('a dog\thttp://h/d.jpg', 'http://h/d.jpg\ta dog'),
+                                     'url\tcaption\nhttp://h/d.jpg\ta dog\n',
                                      'a dog\thttp://h/d.jpg\n'.encode('utf-16')])
 def test_conceptual_captions_with_marks(write, content):
     assert rows(read_published('cc', write('cc.tsv', content), layout='{name}')) == [('d.jpg', 'a dog', 0)]
@@ -298,7 +295,8 @@ IMAGES = [dict(id=9, file_name='9.jpg'), dict(id=4, file_name='4.jpg')]
     (IMAGES, [dict(image_id=9, caption=['a', 'b'])], 'expected text'),
     (IMAGES, [dict(image_id=5, caption='x')], 'image_id 5 is none'),
     (IMAGES, [dict(image_id=[9], caption='x')], 'is none'), (IMAGES, [dict(image_id=True, caption='x')], 'is none'),
-    ([dict(id=9)], [dict(image_id=9, caption='x')], 'path None'), (IMAGES, [dict(image_id=9, caption='\ud800')], 'surrogate')])
+    ([dict(id=9)], [dict(image_id=9, caption='x')], 'path None'),
+    (IMAGES, [dict(image_id=9, caption='\ud800')], 'surrogate')])
 def test_coco_with_entries_of_other_types(write, images, notes, part):
     found = complaints(read_published, 'coco', write('coco.json', dict(images=images, annotations=notes)))
     assert any(part in wrong for _, wrong in found)
@@ -354,7 +352,8 @@ def web(tmp_path):
         (tmp_path/'web'/name).mkdir(parents=True)
         for file in files if files is not None else [f'{key}.jpg' for key in keys]: (tmp_path/'web'/name/file).touch()
         table = dict(key=keys, caption=[f'picture {key}' for key in keys], status=['success'] * len(keys)) | columns
-        parquet.write_table(pa.table({name: values for name, values in table.items() if values}), tmp_path/f'web/{name}.parquet')
+        table = pa.table({column: values for column, values in table.items() if values})
+        parquet.write_table(table, tmp_path/f'web/{name}.parquet')
         return tmp_path/'web'
     return shard
 
@@ -367,12 +366,14 @@ def test_what_downloads_lack_is_counted(web, caplog):
     (folder/'00002.parquet').unlink()
     found = rows(read_published('img2dataset', folder))
     assert found == [('00000/a.JPG', 'picture a', 0), ('00001/d.e.webp', 'x', 1)]
-    for part in ('1 downloads had failed', '2 files are not there and are left out, such as 00000/b', '1 folders have no table',
-                 '1 of 3 rows have no caption'): assert part in caplog.text, part
+    for part in ('1 downloads had failed', '2 files are not there and are left out, such as 00000/b',
+                 '1 folders have no table', '1 of 3 rows have no caption'):
+        assert part in caplog.text, part
 
 
 @pytest.mark.parametrize('options, part', [
-    (dict(key=[0, 1]), 'key: int64, not text'), (dict(caption=[]), "no column 'caption'"), (dict(status=[]), "no column 'status'"),
+    (dict(key=[0, 1]), 'key: int64, not text'), (dict(caption=[]), "no column 'caption'"),
+    (dict(status=[]), "no column 'status'"),
     (dict(caption=[['x'], ['y']]), 'caption: '), (dict(key=['a', 'a']), "key 'a' twice"),
     (dict(files=['a.jpg', 'a.png', 'b.jpg']), "key 'a' twice"), (dict(files=[]), 'no rows')])
 def test_tables_of_another_form(web, options, part):
@@ -406,12 +407,14 @@ def test_a_file_with_a_colon(write, tmp_path):
         assert corpus.read(tmp_path).root == str(tmp_path/root)
     corpus = Corpus('mine', 'video', 'p', '1.json') # as somebody may write it who divides at every colon
     assert corpus.read(tmp_path).paths.to_pylist() == ['a.mp4']
-    with pytest.raises(FileNotFoundError, match='expected its captions'): find_corpora('video:z:1.json')[0].read(tmp_path)
+    corpus, = find_corpora('video:z:1.json')
+    with pytest.raises(FileNotFoundError, match='expected its captions'): corpus.read(tmp_path)
 
 
 def test_spaces_between_corpora(write, tmp_path):
     for i in (1, 2): write(f'p{i}.json', [dict(video=f'{i}.mp4', caption='x')])
-    for names in ('video:p1.json, video:p2.json', ' video:p1.json ,video:p2.json ', ['video:p1.json', ' video:p2.json']):
+    for names in ('video:p1.json, video:p2.json', ' video:p1.json ,video:p2.json ',
+                  ['video:p1.json', ' video:p2.json']):
         assert len(build_corpora(names, tmp_path, 'keep')['video']) == 2
     assert [c.name for c in find_corpora('coco, vg,\nsbu')] == ['coco', 'vg', 'sbu']
     for wrong in ('coco,', 'coco,,vg', ' ', [None], [3], 'video:', 'video: '):
@@ -448,14 +451,15 @@ SCENE = '1_Film_00.00.01.000-00.00.01.900'
     ('json', [dict(video=None, caption='y')], [1]), ('json', [dict(video=[['a']], caption='y')], [1]),
     ('json', [dict(video='a', caption={})], [1]), ('json', '{"video": "a"}{"video": "b"}', [1])])
 def test_rows_of_another_type(write, tmp_path, kind, content, bad):
-    file = write('x.json' if not isinstance(content, (str, bytes)) or content[:1] == '{' else 'x.csv' if kind == 'msrvtt' else 'x.txt',
-                 content)
-    found = complaints(read_gallery, kind, file, tmp_path)
+    is_json = not isinstance(content, (str, bytes)) or content[:1] == '{'
+    ending = 'json' if is_json else 'csv' if kind == 'msrvtt' else 'txt'
+    found = complaints(read_gallery, kind, write(f'x.{ending}', content), tmp_path)
     assert found if bad is None else [line for line, _ in found] == bad, found
 
 
-@pytest.mark.parametrize('kind', [kind for kind in GALLERIES])
-@pytest.mark.parametrize('content', ['[' * 100_000, '{"a": ' * 100_000, '9' * 5000, '[3]', '{"a": 3}', '', 'null', 'NaN'])
+@pytest.mark.parametrize('kind', GALLERIES)
+@pytest.mark.parametrize('content', [
+    '[' * 100_000, '{"a": ' * 100_000, '9' * 5000, '[3]', '{"a": 3}', '', 'null', 'NaN'])
 def test_whatever_json_there_is(write, tmp_path, kind, content):
     assert complaints(read_gallery, kind, write('x.json', content), tmp_path)
 
@@ -477,11 +481,11 @@ def test_split_lists_as_editors_write_them(write, tmp_path, content):
     assert pairs(gallery) == [('video1.mp4', 'a dog'), ('video2.mp4', 'a cat')]
 
 
-@pytest.mark.parametrize('content, line', [(b'caf\xe9\n', 1), ('', 1), ('\n \n', 1), ('video_id\nvideo1\n', 1), (b'\0\0', 1)])
-def test_split_lists_that_are_none(write, tmp_path, content, line):
+@pytest.mark.parametrize('content', [b'caf\xe9\n', '', '\n \n', 'video_id\nvideo1\n', b'\0\0'])
+def test_split_lists_that_are_none(write, tmp_path, content):
     file = write('m.csv', 'video_id,sentence\nvideo1,a dog\n')
     found = complaints(read_gallery, 'msrvtt', file, tmp_path, write('split.txt', content))
-    assert [n for n, _ in found] == [line]
+    assert [n for n, _ in found] == [1]
     assert 'folder' in complaints(read_gallery, 'msrvtt', file, tmp_path, tmp_path)[0][1]
 
 
@@ -500,7 +504,8 @@ def test_msvds_corpus(write, tmp_path, caplog):
     assert read(MSVD + said) == [('id_5_15.avi', 'a dog')] and '1 English descriptions are empty' in caplog.text
     assert read(('\ufeff' + MSVD + said).replace('\n', '\r\n')) == [('id_5_15.avi', 'a dog')]
     for wrong in (MSVD.replace('Language', 'Lang') + said, MSVD.replace('Start', 'Begin') + said, said,
-                  MSVD + said.replace('5,15,1', ',15,1'), MSVD + said + 'id,5,15,3,clean,9,English,"a cat\nid,1,2,3,c,9,English,b\n'):
+                  MSVD + said.replace('5,15,1', ',15,1'),
+                  MSVD + said + 'id,5,15,3,clean,9,English,"a cat\nid,1,2,3,c,9,English,b\n'):
         assert complaints(read, wrong)
 
 

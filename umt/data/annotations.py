@@ -22,7 +22,7 @@ from ..core.config import did_you_mean
 from .formats import Format, find_format, format_names, read_json, read_text
 from .shards import ShardManifest
 from ..core.delimited import ManifestError
-from .tables import Manifest, absolute_path, check_row, make_manifest
+from .tables import Manifest, absolute_path, check_row, make_manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -168,9 +168,10 @@ def _layout_fields(
 def _class_names(
     form: Format, # of the file
     found: list[str], # classes of the rows
-    classes: str | Path | Sequence[str] | None, # class file, names, or None
+    classes: str | Path | Sequence[str] | None, # class file, names, 'sorted' or None
 ) -> list[str] | None: # in label order
     "The class names that labels count. `ValueError` where they have to be given"
+    if classes == 'sorted': return sorted(set(found))
     if isinstance(classes, (str, os.PathLike)): return read_classes(classes)
     if classes is not None and len(set(classes)) < len(classes):
         raise ValueError(f'classes: expected different names, found {list(classes)!r:.200}')
@@ -178,15 +179,6 @@ def _class_names(
     if found and (file := form.facts.get('classes')):
         raise ValueError(f'{form.name}: classes are needed, the file {file} of the data set')
     return sorted(set(found)) if found and form.name == 'kinetics' else None
-
-def _number(
-    row: dict, # of a list
-    index: dict[str, int], # of the class names, if they are known
-) -> object: # label; `check_row` wants a whole number
-    "A list's labels are numbers, or names if there are names"
-    label = row.get('label')
-    if not index or re.fullmatch(r'\s*-?\d+\s*', str(label)): return label
-    return _label(row, index)
 
 class _Places:
     "Which clip lies where: a layout that leaves out a part of the name makes one file of two clips"
@@ -204,11 +196,20 @@ class _Places:
         if self.names and before != label: self.repeated.append(path)
 
 # %% ../../nbs/data/13_annotations.ipynb #946df81a
+def _plain_list(
+    form: Format, # 'list'
+    file: Path, root: str, classes: str | Path | Sequence[str] | None, first_id: int, # as for `read_annotations`
+) -> tuple[Manifest, list[str] | None]: # clips, class names
+    "A list that needs no other paths is read by columns, as `read_manifest` reads it"
+    names = None if classes == 'sorted' else _class_names(form, [], classes)
+    manifest = read_manifest(file, root, first_id=first_id, classes=names or classes)
+    return manifest, names or (manifest.classes and list(manifest.classes))
+
 def read_annotations(
     kind: str, # of `ANNOTATION_FORMATS`: 'list', 'kinetics', 'ssv2' or 'mit'
     file: str | Path, # annotations, as published
     root: str | Path, # folder of the clips
-    # class file or names; None: 'list' has none, 'kinetics' takes the sorted names of this file
+    # class file; names; 'sorted' (those of this file); None: 'list' has none, 'kinetics' takes the sorted ones
     classes: str | Path | Sequence[str] | None = None,
     # format string of a clip's path, e.g. 'val/{label}/{youtube_id}.mp4'; None: as published
     layout: str | None = None,
@@ -218,6 +219,7 @@ def read_annotations(
     `ManifestError` lists every malformed row with its line"""
     form = find_format('labels', kind, 'kind')
     file, root, layout = Path(file), os.path.abspath(root), layout or form.layout
+    if kind == 'list' and layout == form.layout: return _plain_list(form, file, root, classes, first_id)
     rows, good, bad, places = list(form.read(file)), [], [], _Places(form)
     labels = [row.get('label') for _, row in rows if isinstance(row, dict)]
     labelled = [str(label) for label in labels if label not in (None, '')]
@@ -226,7 +228,8 @@ def read_annotations(
     for line, row in rows:
         try:
             if isinstance(row, str): raise ValueError(row)
-            label = _number(row, index) if kind == 'list' else _label(row, index) if labelled else -1
+            numbered = kind == 'list' and not (names and str(row.get('label')) in index)
+            label = row.get('label') if numbered else _label(row, index) if labelled else -1
             clip = check_row(row | {'path': _path(row, layout, fields), 'label': label}, root, 'path', 'label')
             if kind == 'list' and names and clip[1] >= len(names):
                 raise ValueError(f'label {clip[1]}: expected 0 to {len(names) - 1}')

@@ -177,7 +177,7 @@ def listed(
         with os.scandir(folder) as entries: return {entry.name for entry in entries}
     except (FileNotFoundError, NotADirectoryError): return set()
 
-@row_format('captions', 'vg', '{folder}/{image_id}.jpg', medium='image_id')
+@row_format('captions', 'vg', '{folder}/{image_id}.jpg', medium='image_id', listed=('VG_100K_2',))
 def _vg(file: Path, root: str, fields: Sequence[str]) -> Rows:
     """Visual Genome's region_descriptions.json
 

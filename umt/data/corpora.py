@@ -27,7 +27,7 @@ from .captions import MEDIA, caption_manifest, medium_path, one_array, read_capt
 from .formats import find_format
 from .rows import Rows
 from .shards import ShardManifest
-from .tables import DataError, Manifest, absolute_path
+from .tables import DataError, Manifest, absolute_path, shared_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -139,15 +139,19 @@ def read_published(
 ) -> Manifest: # in the file's order, with a column 'caption'; rows of one medium have one id
     """Read an annotation file of others; rows without a caption are left out with a warning. `ManifestError` for a file
     of another form, two media on one path, or paths that lead out of the root"""
-    folder = find_format('captions', kind, 'kind').facts.get('folder', False)
-    file = Path(file)
+    form, file = find_format('captions', kind, 'kind'), Path(file)
+    folder = form.facts.get('folder', False)
     if not file.exists(): raise FileNotFoundError(f'{file}: no such annotations of {kind}')
     if folder and not file.is_dir(): raise ManifestError(file, [(1, f'expected a folder of {kind}')])
     root = os.path.abspath(root or (file if folder else file.parent))
-    found = _published(kind, file, root, layout)
-    manifest = caption_manifest(file, root, first_id=first_id, keep_blank=False, **found)
-    if max_captions is None: return manifest
-    return manifest.subset(np.flatnonzero(_first_of_each(manifest.ids - first_id, max_captions)))
+    def make():
+        found = _published(kind, file, root, layout)
+        manifest = caption_manifest(file, root, first_id=first_id, keep_blank=False, **found)
+        if max_captions is None: return manifest
+        return manifest.subset(np.flatnonzero(_first_of_each(manifest.ids - first_id, max_captions)))
+    listings = [sorted(listed(Path(root, name))) for name in form.facts.get('listed', ())] # what paths depend on, too
+    state = zlib.crc32(repr(listings).encode())
+    return shared_manifest(file, [kind, root, layout, max_captions, first_id, state], make)
 
 # %% ../../nbs/data/22_corpora.ipynb #be2b0adc
 @dataclass(frozen=True)

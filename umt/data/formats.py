@@ -152,6 +152,7 @@ def as_whole(
     if re.fullmatch(r'[0-9]{1,18}', text): return int(text)
     raise ValueError(f'{name} {row.get(name)!r:.40}: expected a whole number, in {str(row)[:100]}')
 
+# %% ../../nbs/data/12_formats.ipynb #fm00012b
 def tidied(
     rows: Iterable[tuple[int, dict | str]], # of a file
     tidy: Callable[[dict], dict], # a row in order; `ValueError` says what is wrong with it
