@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'CACHE_FROM', 'cache_folder', 'open_table', 'Columns', 'shared_table', 'table_of', 'constant',
-           'mapped_place', 'packed', 'unpacked', 'take_columns', 'number_names']
+           'int64_values', 'mapped_place', 'packed', 'unpacked', 'take_columns', 'number_names', 'synthetic_pairs',
+           'process_memory', 'peak_memory', 'measure_reading']
 
 # %% ../../nbs/core/10_columns.ipynb #c0b00003
 import fcntl
@@ -12,14 +13,21 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+import pickle
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event, Thread
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import csv, parquet
 
 from .files import complete
 
@@ -75,7 +83,7 @@ class Columns:
         if self.folder is None or values.null_count or not kept or name in self.chunks or not len(values):
             return self.chunks.setdefault(name, []).append(values) if len(values) else None
         first, self.rows[name] = name not in self.rows, self.rows.get(name, 0) + len(values)
-        if pa.types.is_int64(values.type): return self._write(name, 'numbers', values.to_numpy())
+        if pa.types.is_int64(values.type): return self._write(name, 'numbers', int64_values(values))
         offsets = np.frombuffer(values.buffers()[1], np.int64)[values.offset:values.offset + len(values) + 1]
         end = self.ends.get(name, 0)
         self._write(name, 'offsets', offsets[0 if first else 1:] - offsets[0] + end)
@@ -142,7 +150,7 @@ def table_of(
 ) -> pa.RecordBatch: # mapped if the file is large
     "The table of a list. `ManifestError` of `build` for malformed rows"
     state = file.stat()
-    if state.st_size < CACHE_FROM: return build(Columns())
+    if state.st_size * (8 if file.suffix == '.parquet' else 1) < CACHE_FROM: return build(Columns()) # Parquet is packed
     path = os.path.realpath(file)
     about = [path, state.st_size, state.st_mtime_ns, *options, _VERSION]
     return shared_table(json.dumps(about, default=str), build, path)
@@ -168,12 +176,19 @@ def constant(
     "An array of one number, such as the labels of a list without labels"
     return np.broadcast_to(np.int64(value), length)
 
+def int64_values(
+    column: pa.Array, # int64 without nulls
+) -> np.ndarray: # int64, the same memory
+    "As `to_numpy`, which would import pandas: 25 MB and a third of a second in every process"
+    if not len(column): return np.empty(0, np.int64)
+    return np.frombuffer(column.buffers()[1], np.int64, len(column), 8 * column.offset)
+
 def mapped_place(
     values: pa.Array | np.ndarray, # a column of a manifest
 ) -> _Mapped | None: # where it lies; None: not in a mapped file
     "Is this a column of a mapped file?"
     if isinstance(values, pa.Array) and pa.types.is_int64(values.type) and not values.null_count:
-        there = mapped_place(values.to_numpy())
+        there = mapped_place(int64_values(values))
         return there and there._replace(numpy=False)
     if isinstance(values, pa.Array):
         there = _places.get(values.buffers()[1].address) if len(values) and values.buffers()[1] else None
@@ -203,7 +218,7 @@ def unpacked(
     table = open_table(value.file)
     if table is None: raise FileNotFoundError(f'{value.file}: the columns of a list are gone; start the run again')
     column = table[value.column].slice(value.start, value.length)
-    return column.to_numpy() if value.numpy else column
+    return int64_values(column) if value.numpy else column
 
 # %% ../../nbs/core/10_columns.ipynb #c0b00010
 def take_columns(
@@ -268,3 +283,82 @@ def number_names(
     seen[first] = True
     numbers[order] = (np.cumsum(seen) - 1)[first]
     return numbers
+
+# %% ../../nbs/core/10_columns.ipynb #c0b00019
+def synthetic_pairs(
+    count: int, # rows
+    folder: str | Path, # is made; gets pairs.parquet and pairs.csv
+    block: int = 1 << 18, # rows that are written at once
+) -> tuple[Path, Path]: # the two files: columns video and caption
+    "Pairs of a path of 18 and a sentence of 60 characters, all different, to measure with"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    schema = pa.schema({'video': pa.string(), 'caption': pa.string()})
+    with (parquet.ParquetWriter(folder/'pairs.parquet', schema) as columns,
+          csv.CSVWriter(folder/'pairs.csv', schema, write_options=csv.WriteOptions(quoting_style='needed')) as lines):
+        for start in range(0, count, block):
+            rows = pa.array(np.arange(start, min(start + block, count)))
+            number, group = rows.cast(pa.string()), pa.array(int64_values(rows) % 9973).cast(pa.string())
+            path = pc.binary_join_element_wise(group, '/', number, '.mp4', '')
+            said = pc.binary_join_element_wise('a person does thing number ', number, ' in a house, slowly and twice', '')
+            table = pa.table([path, said], schema=schema)
+            columns.write_table(table)
+            lines.write_table(table)
+    return folder/'pairs.parquet', folder/'pairs.csv'
+
+def process_memory() -> dict[str, float]: # MiB
+    "Memory of this process: resident, its share of that (pss), and private: its own, which cannot be dropped (Linux)"
+    lines = Path('/proc/self/smaps_rollup').read_text()
+    names = {'resident': 'Rss', 'pss': 'Pss', 'private': 'Private_Dirty'}
+    return {ours: int(re.search(rf'(?m)^{theirs}:\s+(\d+) kB', lines)[1]) / 1024 for ours, theirs in names.items()}
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]: # private MiB, every 20 ms
+    "Context in which a thread looks at the memory that is not of files"
+    done, seen = Event(), []
+    def look():
+        while not done.wait(.02): seen.append(int(re.search(r'RssAnon:\s+(\d+)', Path('/proc/self/status').read_text())[1]) / 1024)
+    thread = Thread(target=look)
+    thread.start()
+    try: yield seen
+    finally:
+        done.set()
+        thread.join()
+
+# %% ../../nbs/core/10_columns.ipynb #c0b00020
+def _look_at_rows(pipe, table):
+    "A loader worker: looks at rows here and there, and says what memory it has for itself"
+    for row in np.random.default_rng(0).integers(0, len(table), 10_000).tolist():
+        table.name(row), int(table.ids[row]), [column[row].as_py() for column in table.columns.values()]
+    pipe.send(process_memory()['private'])
+
+def _read_once(pipe, read, file):
+    "A training process: reads, and starts a worker"
+    before, wall, cpu = process_memory(), time.perf_counter(), time.process_time()
+    with peak_memory() as seen: table = read(file)
+    wall, cpu, after = time.perf_counter() - wall, time.process_time() - cpu, process_memory()
+    receiver, sender = get_context('fork').Pipe(False)
+    worker = get_context('fork').Process(target=_look_at_rows, args=(sender, table))
+    worker.start()
+    private = receiver.recv()
+    worker.join()
+    pipe.send(dict(rows=len(table), seconds=wall, cpu_seconds=cpu, us_per_row=cpu / len(table) * 1e6,
+                   before=before['private'], private=after['private'], peak=max([after['private'], *seen]), worker_private=private,
+                   pickle_bytes=len(pickle.dumps(table))))
+
+def measure_reading(
+    read: Callable, # function of a file, to a `Manifest`; importable by name
+    file: str | Path, # a list
+) -> dict[str, dict]: # 'cold' and 'mapped': rows, seconds, us_per_row (CPU), pickle_bytes; private, peak, ... in MiB
+    """What reading a list costs the first process of a node and the next one. The cache that `$UMT_CACHE` names should
+    not have the list yet"""
+    found, context = {}, get_context('spawn')
+    for what in ('cold', 'mapped'):
+        receiver, sender = context.Pipe(False)
+        process = context.Process(target=_read_once, args=(sender, read, file))
+        process.start()
+        sender.close()
+        try: found[what] = receiver.recv()
+        except EOFError: raise RuntimeError(f'{file}: the process that reads it ended; its message is above') from None
+        finally: process.join()
+    return found

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
-from ..core.columns import Columns, constant, mapped_place, number_names, shared_table
+from ..core.columns import Columns, constant, int64_values, mapped_place, number_names, shared_table
 from ..core.files import complete
 from .tables import DataError
 from .shards import ShardManifest, ShardMember, VIDEO_EXTENSIONS, shard_members
@@ -406,6 +406,6 @@ def share_ids(
         return parts.batch()
     places = [(m.root, mapped_place(m.ids if isinstance(m, ShardManifest) else m.paths)) for m in manifests]
     mapped = places and all(place for _, place in places)
-    ids = shared_table(json.dumps(['ids', places]), build)['id'].to_numpy() if mapped else _number_media(manifests)
+    ids = int64_values(shared_table(json.dumps(['ids', places]), build)['id']) if mapped else _number_media(manifests)
     ends = np.cumsum([0, *map(len, manifests)]).tolist()
     return [replace(m, ids=ids[begin:end]) for m, begin, end in zip(manifests, ends, ends[1:])]

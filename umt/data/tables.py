@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..core.columns import Columns, constant, packed, take_columns, table_of, unpacked
+from ..core.columns import Columns, constant, int64_values, packed, take_columns, table_of, unpacked
 from .containers import LinkError, Source, UnreadableVideo
 from .rows import ManifestError, Rows, check_file, file_rows, row_blocks
 
@@ -64,9 +64,9 @@ class Manifest:
         fields = {'paths': self.paths, 'ids': pa.array(self.ids), **{f'.{k}': v for k, v in self.columns.items()}}
         if self.labels.strides != (0,): fields['labels'] = pa.array(self.labels)
         taken = take_columns(fields, at)
-        labels = taken['labels'].to_numpy() if 'labels' in taken else constant(-1, len(at))
+        labels = int64_values(taken['labels']) if 'labels' in taken else constant(-1, len(at))
         columns = {name: taken[f'.{name}'] for name in self.columns}
-        return replace(self, paths=taken['paths'], labels=labels, ids=taken['ids'].to_numpy(), columns=columns)
+        return replace(self, paths=taken['paths'], labels=labels, ids=int64_values(taken['ids']), columns=columns)
 
 # %% ../../nbs/data/10_tables.ipynb #27a5b364
 class DataError(RuntimeError):
@@ -315,10 +315,10 @@ def manifest_of(
 ) -> Manifest:
     "A table as a manifest"
     others = {name[1:]: batch[name] for name in batch.schema.names if name.startswith('.')}
-    labels = batch['label'].to_numpy() if 'label' in batch.schema.names else constant(-1, len(batch))
+    labels = int64_values(batch['label']) if 'label' in batch.schema.names else constant(-1, len(batch))
     about = {key.decode(): value.decode() for key, value in batch.schema.metadata.items()}
     names = json.loads(about['classes'])
-    return Manifest(about['root'], batch['path'], labels, batch['id'].to_numpy(), others, classes=names and tuple(names))
+    return Manifest(about['root'], batch['path'], labels, int64_values(batch['id']), others, classes=names and tuple(names))
 
 # %% ../../nbs/data/10_tables.ipynb #t0b00014
 def _read_list(
