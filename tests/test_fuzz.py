@@ -244,8 +244,9 @@ def tar_of(members: dict[str, bytes]) -> bytes:
 
 
 FIELDS = [(0, 100), (100, 8), (108, 8), (124, 12), (136, 12), (156, 1), (157, 100), (257, 8), (329, 8), (345, 155)]
-VALUES = [b'\0', b'7'*12, b'\x80' + b'\xff'*11, b'\xff'*12, b'\x80\0\0\0\0\0\0\1\0\0\0\0', b'../../x.mp4', b'/etc/x.mp4',
-          b' '*12, b'-1', b'1', b'2', b'5', b'6', b'L', b'K', b'S', b'x', b'g', b'\xfc.mp4', b'a'*155, b'0.mp4']
+VALUES = [b'\0', b'7'*12, b'\x80' + b'\xff'*11, b'\xff'*12, b'\x80\0\0\0\0\0\0\1\0\0\0\0', b'../../x.mp4',
+          b'/etc/x.mp4', b' '*12, b'-1', b'1', b'2', b'5', b'6', b'L', b'K', b'S', b'x', b'g',
+          b'\xfc.mp4', b'a'*155, b'0.mp4']
 
 
 def mutate_tar(content: bytes, chance: random.Random) -> bytes:
