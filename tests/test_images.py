@@ -237,7 +237,7 @@ def test_bombs_beside_the_picture(kind, head):
 
 
 def test_any_exception_is_an_image_error(monkeypatch):
-    for error in (MemoryError(), RecursionError('deep'), struct.error('x'), SystemError('x'), KeyError(3), OSError('y')):
+    for error in (MemoryError(), RecursionError('deep'), struct.error('x'), SystemError('x'), KeyError(3), OSError()):
         def convert(self, mode): raise error
         monkeypatch.setattr(Image.Image, 'convert', convert)
         with pytest.raises(ImageError, match='^a.png: '): read_image(saved(picture()), 'a.png')

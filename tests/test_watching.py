@@ -22,6 +22,7 @@ from umt.data.watching import DecoderCrash, DecoderTimeout, Watcher
 # a child whose decoder does what the file's name says
 PROGRAM = '''
 import os, signal, sys, time, umt.data.watching as w
+from umt.core.children import HEAD
 def decode(source, *rest, whole=w.decode):
     name = os.path.basename(source.path)
     if 'hang' in name: time.sleep(1000)
@@ -32,7 +33,7 @@ def decode(source, *rest, whole=w.decode):
     if 'deep' in name: return decode(source, *rest)
     if 'nonsense' in name: os.write(answers, b'x'*100), time.sleep(1000)
     if 'shape' in name: w.send(answers, {'shape': [9, 9, 9, 3], 'how': ''}, b'123'), time.sleep(1000)
-    if 'huge' in name: os.write(answers, w.HEAD.pack(2, 2**60) + b'{}'), time.sleep(1000)
+    if 'huge' in name: os.write(answers, HEAD.pack(2, 2**60) + b'{}'), time.sleep(1000)
     if 'noise' in name: print('x'*10**6, flush=True), os.write(2, b'y'*10**6)
     return whole(source, *rest)
 def own_pipes(own=w.own_pipes):

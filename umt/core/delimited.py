@@ -21,7 +21,8 @@ class ManifestError(ValueError):
         rows: list[tuple[int, str]], # (line, what is wrong)
     ):
         more = f'\n  ... and {len(rows) - 50} more' if len(rows) > 50 else ''
-        first = '\n'.join(f'  line {n}: {wrong}' for n, wrong in rows[:50])
+        def brief(text): return text if len(text) <= 400 else f'{text[:350]}... ({len(text)} characters)'
+        first = '\n'.join(f'  line {n}: {brief(wrong)}' for n, wrong in rows[:50])
         super().__init__(f'{file}: {len(rows)} malformed rows\n{first}{more}')
         self.rows = rows
 

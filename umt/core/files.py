@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -168,10 +169,15 @@ def read_json(
 ) -> Any: # a `kind`
     "Read a JSON file. Raises FileNotFoundError if there is none, ValueError if it is damaged; both name the file."
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f'{path}: no such file')
-    if path.is_dir():
-        raise ValueError(f'{path}: is a folder, expected a JSON file')
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f'{path}: no such file') from None
+    except (OSError, ValueError) as error: # links in a circle, a name that is too long, a zero byte
+        raise ValueError(f'{path}: cannot be read ({error})') from None
+    if not stat.S_ISREG(mode):
+        found = 'a folder' if stat.S_ISDIR(mode) else 'no regular file (a pipe or a device)'
+        raise ValueError(f'{path}: is {found}, expected a JSON file')
     try:
         content = json.loads(path.read_text(encoding='utf-8-sig'))
     except UnicodeDecodeError:

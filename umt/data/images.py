@@ -107,7 +107,9 @@ def read_image(
                 return v2.functional.pil_to_tensor(in_rgb(image))[None]
     except ImageError as e: raise ImageError(name, e.reason) from None
     except FileNotFoundError as e: raise ImageError(name, 'no such file') from e
-    except Image.DecompressionBombError as e: raise ImageError(name, f'{str(e).split(" exceeds")[0]}, at most {limits.image_pixels} are allowed') from e
+    except Image.DecompressionBombError as e:
+        size = str(e).split(' exceeds')[0]
+        raise ImageError(name, f'{size}, at most {limits.image_pixels} are allowed') from e
     except UnidentifiedImageError as e:
         raise ImageError(name, f'not a readable image (none of {", ".join(IMAGE_FORMATS)})') from e
     except OSError as e: # of the file system, or Pillow's, which has no number

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TORCHSCRIPT', 'EASY_DICT', 'CONFIG_RECORDS', 'WRAPPERS', 'CONTAINERS', 'PUBLISHED_HEADS', 'WeightsError',
-           'wrong_archive', 'is_safetensors', 'wrong_text', 'wrong_file', 'refuse_wrong_file', 'unpickle', 'StateDict',
-           'without_wrappers', 'state_in', 'read_state_dict', 'LoadReport', 'owners', 'differences', 'load_strictly',
-           'read_visual', 'heads_of']
+           'wrong_archive', 'is_safetensors', 'wrong_text', 'wrong_file', 'refuse_wrong_file', 'unsafe_names',
+           'unpickle', 'StateDict', 'without_wrappers', 'no_plain_tensor', 'state_in', 'read_state_dict', 'LoadReport',
+           'owners', 'differences', 'load_strictly', 'read_visual', 'heads_of']
 
 # %% ../../nbs/models/01_weights.ipynb #1822526b
+import stat
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
@@ -18,7 +19,6 @@ from pickle import UnpicklingError
 
 # %% ../../nbs/models/01_weights.ipynb #3000a10f
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -41,7 +41,10 @@ def wrong_archive(
 ) -> str | None: # None: torch.save wrote it
     "What a zip archive is, if it holds no tensors"
     if not zipfile.is_zipfile(path): return 'truncated (a PyTorch file without its end); fetch it again'
-    with zipfile.ZipFile(path) as archive: names = archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive: names = archive.namelist()
+    except Exception as error: # zipfile raises whatever comes
+        return f'damaged, its directory cannot be read ({error}); fetch it again'
     if any(name.endswith('/constants.pkl') for name in names): return TORCHSCRIPT.format(path=str(path))
     if any(name.endswith('/data.pkl') for name in names): return None
     inside = ', '.join(names[:3]) or 'empty'
@@ -77,8 +80,11 @@ def wrong_file(
 ) -> str | None: # what it is, and what to do; None: nothing is wrong at first sight
     "What a path is that holds no weights. Raises FileNotFoundError if there is nothing"
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f'{path}: no such file')
-    if path.is_dir(): return 'a folder, not a file of the reference; load_model reads our own'
+    try: mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError): raise FileNotFoundError(f'{path}: no such file') from None
+    except (OSError, ValueError) as error: return f'cannot be read ({error})' # links in a circle, a zero byte in a name
+    if stat.S_ISDIR(mode): return 'a folder, not a file of the reference; load_model reads our own'
+    if not stat.S_ISREG(mode): return 'a pipe or a device, not a file'
     with path.open('rb') as file: head = file.read(1024)
     if not head: return 'empty (0 bytes); fetch it again'
     if is_safetensors(path): return None
@@ -99,6 +105,13 @@ def refuse_wrong_file(
 EASY_DICT = (OrderedDict, 'utils.easydict.EasyDict') # the first is taken in place of the second
 CONFIG_RECORDS = [Namespace, EASY_DICT] # for `torch.serialization.safe_globals`
 
+def unsafe_names(
+    path: Path, # a PyTorch file in today's format
+) -> list[str]: # none, too, if the file is damaged
+    "What reading a file would call that is no tensor"
+    try: return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception: return [] # a damaged pickle can raise anything
+
 def unpickle(
     path: Path, # a PyTorch file
 ): # what was saved, tensors on the CPU
@@ -107,15 +120,14 @@ def unpickle(
     with torch.serialization.safe_globals(CONFIG_RECORDS):
         try: return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
         except UnpicklingError as error:
-            if not zipped and 'GLOBAL' not in str(error):
-                raise WeightsError(f'{path}: damaged or truncated; fetch it again') from None
-            needs = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else ['old format']
+            needs = unsafe_names(path) if zipped else ['old format']*('GLOBAL' in str(error))
+            if not needs: raise WeightsError(f'{path}: damaged or truncated; fetch it again') from None
             raise WeightsError(
                 f"{path}: reading it would run code ({', '.join(needs)}). Save its tensors alone where it was made, "
                 "torch.save(dict(model=checkpoint['model']), 'plain.pth'); "
                 'this is not a file of plain tensors, refused') from None
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-            reason = (str(error).splitlines() or ['it ends too soon'])[0]
+        except Exception as error: # a damaged pickle can raise anything
+            reason = (str(error).splitlines() or ['it ends too soon'])[0][:200]
             raise WeightsError(f'{path}: damaged or truncated ({reason}); fetch it again') from None
 
 # %% ../../nbs/models/01_weights.ipynb #ce905ac8
@@ -144,16 +156,30 @@ def without_wrappers(
 # %% ../../nbs/models/01_weights.ipynb #d0767dfc
 CONTAINERS = ('model', 'module', 'state_dict') # under which training code keeps the tensors
 
+def no_plain_tensor(
+    tensor: torch.Tensor, # from a file
+) -> str | None: # what it is; None: a plain tensor
+    "What a tensor is whose numbers are not in the file, one by one"
+    if tensor.layout != torch.strided or tensor.is_quantized: return f'a {tensor.layout} tensor or quantized'
+    if tensor.device.type != 'cpu': return f'a tensor without content ({tensor.device})'
+    there = tensor.untyped_storage().nbytes()
+    if tensor.nbytes > there: return f'of shape {list(tensor.shape)}, but the file has {there} bytes of it'
+
 def state_in(
     content, # of a file
     path: str | Path, # for the error
 ) -> dict[str, torch.Tensor]: # as in the file
     "The state dict in what was saved, bare or under a usual name. Raises WeightsError if there is none"
-    state, inner = {}, content
-    while isinstance(inner, dict):
+    state, inner, seen = {}, content, set()
+    while isinstance(inner, dict) and id(inner) not in seen: # one could hold itself
         state = inner
+        seen.add(id(inner))
         inner = next((state[key] for key in CONTAINERS if isinstance(state.get(key), dict)), None)
-    if state and all(isinstance(value, torch.Tensor) for value in state.values()): return state
+    if state and all(isinstance(value, torch.Tensor) for value in state.values()):
+        if not all(isinstance(name, str) for name in state): raise WeightsError(f'{path}: tensors without names')
+        for name, tensor in state.items():
+            if wrong := no_plain_tensor(tensor): raise WeightsError(f'{path}: {name!r} is {wrong}, refused')
+        return state
     has = list(content)[:5] if isinstance(content, dict) else type(content).__name__
     raise WeightsError(f'{path}: no state dict, neither bare nor under model, module, state_dict; it has {has}')
 
@@ -165,7 +191,7 @@ def read_state_dict(
     refuse_wrong_file(path)
     if is_safetensors(path):
         try: return without_wrappers(load_file(path))
-        except SafetensorError as error:
+        except Exception as error: # SafetensorError, and what torch says about shapes and kinds
             raise WeightsError(f'{path}: damaged or truncated ({error}); fetch it again') from None
     content = unpickle(path)
     state = without_wrappers({name: tensor.clone() for name, tensor in state_in(content, path).items()})
