@@ -261,7 +261,7 @@ def read_captions(
     file: str | Path,
     root: str | Path | None = None, # folder that the paths are relative to and may not leave; None: the file's
     medium: str | None = None, # 'image' or 'video', the name of the path's column; None: the one that is there
-    first_id: int = 0, # sample id of the first medium; a `PairDataset` numbers the media of all its manifests anew
+    first_id: int = 0, # sample id of the first medium; mixed corpora are numbered anew, see `share_ids`
 ) -> Manifest: # in the file's order; column 'caption': sentences or lists of them; rows of one medium have one id
     "Read and check captions. `ManifestError` lists every malformed row with its line"
     file, kinds = Path(file), ('.json', '.jsonl', '.parquet', '.csv', '.tsv', '.db', '.sqlite')

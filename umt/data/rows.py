@@ -77,8 +77,9 @@ def _refuse_other_layouts(
     for layout, what, pattern in [*reversed(_OTHERS.get(count, [])), _ID_TEXT]:
         alike = sum(len(line) < 1000 and bool(re.fullmatch(pattern, line)) for _, line in rows) # longer ones take long
         if 2 * alike <= len(rows): continue
+        expected = 'path label' if count == 2 else 'one field a line'
         raise ManifestError(file, [(number, f"{line!r:.200}: the layout '{layout}' ({what}), which is not read here; "
-            f"expected {'path label' if count == 2 else 'one field a line'!r}, or columns= with the names of all fields")])
+                                            f'expected {expected!r}, or columns= with the names of all fields')])
 
 # %% ../../nbs/data/09_rows.ipynb #r0b00012
 class Rows(NamedTuple):
