@@ -1,4 +1,5 @@
-"A folder as people have them: forty files of many kinds, three of them broken. It trains, names the three, and no bit depends on workers."
+"""A folder as people have them: forty files of many kinds, three of them broken. It trains, names the three, and not a
+bit depends on workers."""
 import json
 
 import av
@@ -9,7 +10,8 @@ from umt.core.files import file_hash
 from umt.tasks import stage1
 
 KINDS = [('mp4', 'libx264'), ('avi', 'mpeg4'), ('mkv', 'libvpx-vp9'), ('ts', 'mpeg2video'), ('webm', 'libvpx'),
-         ('mov', 'prores_ks'), ('flv', 'flv'), ('mpg', 'mpeg1video'), ('mp4', 'libx265'), ('avi', 'mjpeg'), ('gif', 'gif')]
+         ('mov', 'prores_ks'), ('flv', 'flv'), ('mpg', 'mpeg1video'), ('mp4', 'libx265'), ('avi', 'mjpeg'),
+         ('gif', 'gif')]
 FORMATS = {'libx264': 'yuv420p', 'prores_ks': 'yuv422p10le', 'mjpeg': 'yuvj420p', 'gif': 'rgb8'}
 BROKEN = {'cut.mp4': 'TruncatedVideo', 'notes.mp4': 'UnreadableVideo', 'playlist.mp4': 'UnreadableVideo'}
 COUNT = 40
@@ -18,7 +20,7 @@ COUNT = 40
 def write_clip(path, codec: str, seed: int):
     "Twenty noisy frames, a size of its own, a key frame every eight."
     draw, height, width = np.random.default_rng(seed), 112 + 16*(seed % 3), 128 + 16*(seed % 4)
-    with av.open(str(path), 'w') as out:
+    with av.open(str(path), 'w', options={'movflags': 'faststart'} if path.suffix == '.mp4' else {}) as out:
         options = {'x265-params': 'log-level=none'} if codec == 'libx265' else {}
         stream = out.add_stream(codec, rate=25, width=width, height=height, options=options)
         stream.pix_fmt, stream.gop_size = FORMATS.get(codec, 'yuv420p'), 8

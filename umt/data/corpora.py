@@ -108,7 +108,7 @@ def _first_of_each(
     rank[order] = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
     return rank < n
 
-# %% ../../nbs/data/22_corpora.ipynb #63ed97c3
+# %% ../../nbs/data/22_corpora.ipynb #63ed97c2
 def _published(
     kind: str, # see `read_published`
     file: Path, # annotations
@@ -132,6 +132,7 @@ def _published(
         bad += _clashes(paths, one_array(rows.table[medium]), rows.lines)
     return {'paths': paths, 'captions': one_array(rows.table['caption']), 'lines': rows.lines, 'bad': bad}
 
+# %% ../../nbs/data/22_corpora.ipynb #63ed97c3
 def read_published(
     kind: str, # 'webvid', 'cc', 'coco', 'vg', 'sbu' or 'img2dataset'
     file: str | Path, # annotations, as published
