@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core.children import (
     Child, Gone, Late, Nonsense, close_pipes, depend_on, ended_by, limit_memory, own_pipes, receive, send, start_child)
-from .containers import Limits, Source, UnreadableVideo, VideoError
+from .containers import Limits, Source, UnreadableVideo, VideoError, as_source
 
 # %% ../../nbs/data/02_watching.ipynb #wa7c0008
 class DecoderTimeout(VideoError): "A clip that is not decoded when its time is over"
@@ -168,8 +168,8 @@ def absolute(
     source, # path, or `Source`
 ) -> Source:
     "A source that means the same file in a process of another working directory; errors call it as the caller does"
-    if not isinstance(source, Source): source = Source(os.fsdecode(source))
-    return source._replace(path=os.path.abspath(source.path), name=source.name or source.path)
+    source = as_source(source)
+    return source._replace(path=os.path.abspath(source.path), name=str(source))
 
 # %% ../../nbs/data/02_watching.ipynb #wa7c0026
 PROGRAM = 'from umt.data.watching import serve'
