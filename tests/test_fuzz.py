@@ -414,3 +414,27 @@ def test_videos(tmp_path, media, end):
         else: found.append(frames.shape[:2])
     watcher.close()
     assert all(shape == (3, 3) for shape in found)
+
+
+# ---- names in pictures
+
+NAMES = ['$a$', '$x_{', 'a$b', '$\\frac$', '\\$a$', '100%^_&#~{}\\', '\udcff', 'ü😀', 'a\nb', '']
+
+
+@pytest.mark.filterwarnings('ignore:Glyph')
+def test_names_in_pictures():
+    "A name that looks like a formula, or is none that UTF-8 can say, is drawn as it is"
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    from umt.data.transforms import show_frames
+    from umt.experiments.results import show_table
+    from umt.tasks.evaluators import show_confusion
+    frames = torch.zeros(len(NAMES), 3, 8, 8, dtype=torch.uint8)
+    rows = [name for name in NAMES if name.isprintable() or "\n" in name] # which a table cannot hold
+    found = pd.DataFrame(dict(task=NAMES[0], row=rows, mean=.5, half_width=.1, n=2))
+    for name in NAMES:
+        drawn = [show_frames(frames, NAMES)[0], show_confusion(torch.eye(len(NAMES)), NAMES, name)]
+        drawn += [show_table(found, label=name, metric=name, beside={name: found})[0]]
+        for ax in drawn: ax.figure.canvas.draw()
+        plt.close('all')

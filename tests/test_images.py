@@ -186,15 +186,6 @@ def test_what_is_no_file_does_not_wait(tmp_path):
     assert found['none.png'] == 'no such file' and found['pipe.png'] == found['/dev/zero'] == 'not a file'
 
 
-def test_pipe_in_place_of_the_file_does_not_wait(tmp_path, monkeypatch):
-    "A file that becomes a pipe after it was looked at"
-    (tmp_path/'file').write_bytes(b'')
-    os.mkfifo(tmp_path/'pipe.png')
-    status = os.stat(tmp_path/'file')
-    monkeypatch.setattr('umt.data.images.os.stat', lambda path: status)
-    with pytest.raises(ImageError, match='not a file'): read_image(tmp_path/'pipe.png')
-
-
 # ---- what it may claim
 
 HUGE = {

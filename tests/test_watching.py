@@ -151,6 +151,16 @@ def test_what_the_choice_raises_comes_through(folder, watcher, error):
     assert watcher.keeper.child is child, 'no need for another child'
 
 
+def test_span_of_seconds(folder, watcher):
+    "12 frames a second: indices count from the first frame of the span"
+    for w in (watcher, Watcher(timeout=0)):
+        lengths = []
+        frames, _ = w.read_frames(folder/'clip.mp4', lambda length: lengths.append(length) or [0, 2], span=(.5, .75))
+        assert (greys(frames), lengths) == ([6, 8], [3])
+        with pytest.raises(UnreadableVideo, match='clip.mp4: '): w.read_frames(folder/'clip.mp4', [0], span=(50, 60))
+        with pytest.raises(IndexError): w.read_frames(folder/'clip.mp4', [3], span=(.5, .75))
+
+
 def test_wrong_timeout():
     for timeout in (-1, float('nan')):
         with pytest.raises(ValueError, match='timeout'): Watcher(timeout)
