@@ -23,11 +23,12 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from ..core.config import did_you_mean
+from ..core.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from umt.data.captions import (
-    IMAGE_EXTENSIONS, MEDIA, CaptionRows, caption_manifest, medium_path, one_array, read_captions, read_text_table,
+    MEDIA, CaptionRows, caption_manifest, medium_path, one_array, read_captions, read_text_table,
     share_ids)
 from .tables import DataError
-from .shards import ShardManifest, VIDEO_EXTENSIONS
+from .shards import ShardManifest
 from .rows import json_rows
 from .tables import Manifest, ManifestError, absolute_path
 
