@@ -24,7 +24,7 @@ from pyarrow import csv, parquet
 
 from ..core.files import complete
 from .tables import DataError
-from .shards import ShardIndex, ShardManifest, captions_of, index_shards, shard_manifest
+from .shards import ShardIndex, ShardManifest, index_shards, shard_manifest
 from .rows import json_rows, jsonl_rows
 from .tables import Manifest, ManifestError, absolute_path
 
@@ -308,7 +308,7 @@ def _of_one_medium(
     index = index_shards(folder, medium)
     there = sorted(index.table['medium'].unique().to_pylist()) if medium is None else [medium][:len(index.table)]
     if len(there) == 1: return index
-    raise DataError(f'{folder}: expected pairs of one medium, found {there or "none"} in its shards')
+    raise DataError(f'{folder}: expected pairs of one medium, found {there or "none"} in {index.shards} shards')
 
 # %% ../../nbs/data/14_captions.ipynb #2fb387fb
 def read_caption_shards(
@@ -320,8 +320,9 @@ def read_caption_shards(
     captions that are no text, or for two media where none is named"""
     index = _of_one_medium(folder, medium)
     if wrong := index.faults.get('caption'): raise DataError('\n  '.join([f'{folder}: damaged captions:', *wrong]))
-    manifest = shard_manifest(folder, index, {'caption': captions_of(index.table)}, first_id=first_id)
-    blank = _without_caption(manifest.columns['caption'])
+    captions = one_array(index.table['caption'], index.table['caption'].type)
+    manifest = shard_manifest(folder, index, {'caption': captions}, first_id=first_id)
+    blank = _without_caption(captions)
     if blank.all(): raise DataError(f'{folder}: none of its {len(manifest)} media has a caption')
     if not blank.any(): return manifest
     logger.warning('%s: %d of %d rows have no caption and are left out', folder, blank.sum(), len(manifest))
