@@ -102,6 +102,6 @@ def write_file(
     if not is_url(folder):
         with complete(Path(folder, name)) as unfinished: unfinished.write_bytes(data)
         return
+    if 'http://' in folder or 'https://' in folder: raise OSError('a web server is only read')
     store, path = _store(f'{folder}/{name}')
-    if 'http' in store.protocol: raise OSError('a web server is only read')
     store.pipe_file(path, data)

@@ -109,10 +109,10 @@ def _index_shard(
     "Read the headers of one shard, and what lies beside its media"
     try:
         with open_file(folder, shard[0]) as file: members, left = shard_members(file, *shard[:2])
-    except DamagedTar as e: raise DataError(f'{shard[0]}: damaged, or not a tar of media: {e}') from e
+    except DamagedTar as e:
+        advice = f'; a server that sends whole files only: copy them, or say simplecache::{folder}'
+        raise DataError(f'{shard[0]}: damaged, or not a tar of media: {e}{advice if "range" in str(e) else ""}') from e
     except OSError as e: raise DataError(f'{shard[0]}: cannot be read ({e})') from e
-    except ValueError as e: # fsspec, of a web server that only sends whole files
-        raise DataError(f'{folder}: only whole files, not parts: copy it, or say simplecache::{folder} ({e})') from e
     faults = {'left': [f'{shard[0]}/{name}' for name in left]}
     rows = {name: [getattr(m, name) for m in members] for name in ('medium', 'offset', 'size')}
     rows |= {'path': [m.name for m in members], 'frames': [m.frames or None for m in members]}
@@ -203,7 +203,7 @@ def index_shards(
         try: write_file(folder, _INDEX, data.getbuffer())
         except Exception as e: # a store has errors of its own kind
             logger.warning('%s: the index of the shards cannot be kept (%s)', folder, e)
-    notes = {'left': 'members left out, they are no media and belong to none', 'mixed': 'fields of mixed types, kept as text'}
+    notes = {'left': 'members left out, they belong to no medium', 'mixed': 'fields of mixed types, kept as text'}
     for kind, what in notes.items():
         if found := index.faults.get(kind): logger.warning('%s: %s:\n  %s', folder, what, '\n  '.join(found))
     if medium is None: return index
