@@ -95,7 +95,8 @@ def test_two_of_one_key(tmp_path, members, found):
 
 def test_partial_members_are_reported(tmp_path, caplog):
     pack(tmp_path/'0.tar', ('0.mp4', b'x'), ('0.json', {'label': 3}), ('1.mp4', b'y'), ('2.json', {'label': 5}),
-         ('3.txt', 'lost'), ('clip', b'no suffix'), ('._0.mp4', b'of macOS'), ('0.wav', b'sound'), ('d', {'type': b'5'}))
+         ('3.txt', 'lost'), ('clip', b'no suffix'), ('._0.mp4', b'of macOS'), ('0.wav', b'sound'),
+         ('d', {'type': b'5'}))
     assert labels(tmp_path) == [('0.mp4', 3), ('1.mp4', -1)]
     for name in ('2.json', '3.txt', 'clip', '._0.mp4'): assert f'0.tar/{name}' in caplog.text
     assert '0.wav' not in caplog.text and '1 of 2 clips have no label' in caplog.text and '0.tar/1.mp4' in caplog.text
