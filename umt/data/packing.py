@@ -111,13 +111,15 @@ def _picture(
 # %% ../../nbs/data/22_packing.ipynb #ac0a0009
 TICKS = 90_000 # per second: whole numbers for 24, 25, 29.97, 30, 50, 60 frames per second
 
+_SAME = 'mbtree=0' # with it x264 reads memory that it has not written: other bytes each time for some small clips
+
 def encode(
     source: Source, # a video
     config: ShardsConfig, # size, GOP, quality
 ) -> tuple[bytes, dict]: # an .mp4, and what has changed
     "A clip as H.264 without sound, made by one thread: the same bytes for the same input. `VideoError` if it is broken"
-    data, options = io.BytesIO(), {'crf': str(config.crf), 'preset': config.effort, 'threads': '1'}
-    count, stream = 0, None
+    data, count, stream = io.BytesIO(), 0, None
+    options = {'crf': str(config.crf), 'preset': config.effort, 'threads': '1', 'x264-params': _SAME}
     with av.open(data, 'w', format='mp4') as container:
         for at, frame in shown_frames(source):
             if frame.rotation:
@@ -260,6 +262,7 @@ def read_source(
 ) -> Manifest:
     "The clips, from a list, a caption file, or shards"
     place = config.source
+    if not is_url(place) and not os.path.exists(place): raise ValueError(f'{place}: no such list, or folder of shards')
     if config.captions: return read_captions(place, config.root)
     if is_url(place) or os.path.isdir(place): return read_shards(place)
     return read_manifest(place, config.root)
@@ -337,7 +340,7 @@ def finish(
 def main(
     argv: Sequence[str] | None = None, # arguments; None: the command line
 ):
-    """`umt shards LIST OUT [--frames 16 | --copy true] [--short-side 256] ...`. The exit code is 0 if every clip was
+    """`umt shards LIST OUT [--frames 16 | --copy True] [--short-side 256] ...`. The exit code is 0 if every clip was
     packed, 3 if some were left out, 1 if too many were broken, 2 for a mistake in the command"""
     given = positional(sys.argv[1:] if argv is None else argv, ['source', 'out'])
     config, dry = from_cli({'default': ShardsConfig(source='LIST')}, given, 'umt shards')

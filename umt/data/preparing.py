@@ -229,6 +229,7 @@ def look_at(
     todo = [p for p in clips if known.get(p, {}).get('state') != states[p] or 'Decoder' in known[p].get('error', '')]
     outcomes = each_in_a_process(measure, [os.path.join(os.path.abspath(folder), p) for p in todo], processes, timeout)
     with open(notes, 'a', encoding='utf-8') as file:
+        if file.tell(): file.write('\n') # the last line may have been cut off
         for path, (value, error, reason) in zip(todo, tqdm(outcomes, 'probing', len(todo), disable=None)):
             known[path] = {'path': path, 'state': states[path]} | (value or {'error': error, 'reason': reason})
             file.write(json.dumps(known[path]) + '\n')
@@ -251,7 +252,8 @@ class ListConfig(Config):
     def check(self):
         shares = self.shares()
         if not 0 <= sum(shares.values()) < 1: raise ValueError(f'split {self.split}: the shares add up to 1 or more')
-        if self.group and self.group != 'parent': re.compile(self.group)
+        try: re.compile(self.group or '')
+        except re.error as error: raise ValueError(f'group {self.group!r}: no regular expression ({error})') from None
 
     def shares(self) -> dict[str, float]: # split -> share
         "`split`, parsed"
@@ -331,6 +333,7 @@ def make_lists(
         with complete(file) as unfinished: unfinished.write_text(''.join(f'{line}\n' for line in lines), 'utf-8')
     print(_summary(rows, broken, found.others))
     for name, file in lists.items(): print(f'{name}: {len(of[name])} clips in {file}')
+    if out.parent.absolute() != Path(config.folder).absolute(): print(f'paths are relative to {config.folder}')
     if not rows: raise UsageError('umt list: error: not one of the files can be read')
     return lists
 
