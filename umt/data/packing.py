@@ -31,7 +31,8 @@ from ..core.samples import IMAGE_EXTENSIONS, MOVING_IMAGES, suffix_of
 from ..core.stores import is_url
 from ..core.tars import add_member
 from .captions import read_captions
-from .containers import Source, UnreadableVideo, VideoError
+from .containers import Media, Source, TruncatedVideo, UnreadableVideo, VideoError
+from .index import decode_in_order, probe, read_index
 from .preparing import Outcome, each_in_a_process, positional
 from .shards import about_row, add_json, add_medium, index_shards, read_shards
 from .tables import DataError, Manifest, read_manifest
@@ -69,27 +70,18 @@ class ShardsConfig(Config):
 def shown_frames(
     source: Source, # a video
 ) -> Iterator[tuple[float, av.VideoFrame]]: # seconds since the first frame, frame
-    "Decode in order. `VideoError` if it cannot be done"
-    whole = source.content is None and not source.offset and source.size is None
-    if source.content is None and not whole:
-        with open(source.path, 'rb') as file:
-            file.seek(source.offset)
-            source = source._replace(content=file.read(source.size))
-    count, before, start = 0, -1., None
-    try:
-        with av.open(source.path if whole else io.BytesIO(source.content), metadata_errors='replace') as container:
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1
-            step = 1 / float(stream.average_rate or 25)
-            for frame in container.decode(stream):
-                if start is None: start = frame.time
-                at = before + step if None in (frame.time, start) else frame.time - start
-                before = max(at, before + 1e-4) if count else 0.
-                yield before, frame
-                count += 1
-    except (av.FFmpegError, IndexError, OSError) as e:
-        raise UnreadableVideo(source, f'cannot be decoded ({getattr(e, "strerror", None) or e})') from e
-    if not count: raise UnreadableVideo(source, 'no frames')
+    "Decode in order. `VideoError` if it cannot be done, or if other frames come than the file's index says"
+    if source.frames: raise UnreadableVideo(source, 'already JPEG frames: copy them')
+    count, size = 0, None
+    with Media(source) as media:
+        index, _ = read_index(media, times=True)
+        times = (index.times - index.times[0]) * float(index.time_base)
+        for count, frame in enumerate(decode_in_order(media), 1):
+            size = size or (frame.width, frame.height)
+            if count > index.length or size != (frame.width, frame.height):
+                raise UnreadableVideo(source, f'its frames change their size, or are more than {index.length}')
+            yield float(times[count - 1]), frame
+    if count < index.length: raise TruncatedVideo(source, f'{index.length} frames announced, {count} found')
 
 def _size(
     width: int, height: int, # of a frame, pixels
@@ -118,7 +110,7 @@ def encode(
     config: ShardsConfig, # size, GOP, quality
 ) -> tuple[bytes, dict]: # an .mp4, and what has changed
     "A clip as H.264 without sound, made by one thread: the same bytes for the same input. `VideoError` if it is broken"
-    data, count, stream = io.BytesIO(), 0, None
+    data, count, tick, stream = io.BytesIO(), 0, -1, None
     options = {'crf': str(config.crf), 'preset': config.effort, 'threads': '1', 'x264-params': _SAME}
     with av.open(data, 'w', format='mp4') as container:
         for at, frame in shown_frames(source):
@@ -130,7 +122,8 @@ def encode(
                 stream.pix_fmt, stream.gop_size = 'yuv420p', config.gop
                 stream.time_base = stream.codec_context.time_base = Fraction(1, TICKS)
             frame = frame.reformat(stream.width, stream.height, 'yuv420p', interpolation='BICUBIC')
-            frame.pts, frame.time_base, frame.pict_type = round(at * TICKS), Fraction(1, TICKS), 0
+            tick = max(tick + 1, round(at * TICKS))
+            frame.pts, frame.time_base, frame.pict_type = tick, Fraction(1, TICKS), 0
             container.mux(stream.encode(frame))
             count += 1
         container.mux(stream.encode(None))
@@ -145,7 +138,7 @@ def jpeg_frames(
     "Frames in the middle of equal stretches of a clip, or all. `VideoError` if it is broken"
     wanted = None
     if config.frames != 'all':
-        length, n = sum(1 for _ in shown_frames(source)), int(config.frames)
+        length, n = probe(source).length, int(config.frames)
         wanted = sorted({int((i + .5) * length / n) for i in range(n)})
     images, numbers, times, shape = [], [], [], (0, 0)
     for i, (at, frame) in enumerate(shown_frames(source)):

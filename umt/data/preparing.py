@@ -30,7 +30,7 @@ from ..core.config import Config, FilePath, UsageError, free, from_cli
 from ..core.files import complete
 from ..core.samples import MOVING_IMAGES, VIDEO_EXTENSIONS, suffix_of
 from .containers import VideoError
-from .video import probe
+from .index import probe
 
 # %% ../../nbs/data/20_preparing.ipynb #9e0a0007
 class Outcome(NamedTuple):
@@ -195,9 +195,8 @@ def measure(
 ) -> dict: # `MEASURES`
     "Look at a file. `VideoError` says what is wrong with it"
     info = probe(path)
-    seconds = getattr(info, 'seconds', 0) or (info.length / info.fps if info.fps else 0)
-    return {'num_frames': info.length, 'fps': round(info.fps, 6), 'seconds': round(seconds, 6), 'height': info.height,
-            'width': info.width, 'codec': info.codec, 'rotation': getattr(info, 'rotation', 0),
+    return {'num_frames': info.length, 'fps': round(info.fps, 6), 'seconds': round(info.seconds, 6),
+            'height': info.height, 'width': info.width, 'codec': info.codec, 'rotation': info.rotation,
             'bytes': os.path.getsize(path)}
 
 def _state(path: str) -> list[int]:
