@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
-from umt.data import captions, emoji_motion, emoji_scenes
+from umt.data import emoji_motion, emoji_scenes
 from umt.data.captions import read_captions, share_ids, write_captions
 from umt.data.corpora import Corpus, build_corpora, find_corpora, read_published
 from umt.data.media import DataError, Quarantine
@@ -353,13 +353,13 @@ def test_shards_of_downloads_and_their_index(emoji, tmp_path, caplog, monkeypatc
     assert '1 of 6 rows have no caption' in caplog.text
     data = MediaDataset(dict(image=[m]), 1, encode=encode)
     assert torch.equal(data.load(0, 4)[0]['video'], read_image(emoji/'images/train/train_000004.jpg'))
-    before = (tmp_path/'captions.index.parquet').stat().st_mtime_ns
+    before = (tmp_path/'shards.index.parquet').stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        patch.setattr(captions, 'shard_members', lambda *_: pytest.fail('reads a shard again'))
+        patch.setattr('umt.data.shards.shard_members', lambda *_: pytest.fail('reads a shard again'))
         assert rows(read_captions(tmp_path)) == [(name, c, i - 10) for name, c, i in rows(m)], 'from the index'
     web_shard(emoji, tmp_path/'00002.tar', 1, start=6)
     assert rows(read_captions(tmp_path))[5] == ('00002.tar/000000006.jpg', ['still 6'], 5)
-    assert (tmp_path/'captions.index.parquet').stat().st_mtime_ns > before
+    assert (tmp_path/'shards.index.parquet').stat().st_mtime_ns > before
 
 
 def test_bad_shards(emoji, tmp_path):

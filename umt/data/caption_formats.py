@@ -18,10 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..core.delimited import Layout, ManifestError
-from .captions import IMAGE_EXTENSIONS
+from ..core.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from .formats import RowIterator, as_id, entries, need, read_json, read_lists, row_format, tidied
 from .rows import Rows, find_layout, json_rows, parquet_rows, text_rows
-from .shards import VIDEO_EXTENSIONS
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,8 @@ from ..core.stubs import stubbed_libraries
 
 # %% ../../nbs/experiments/08_command.ipynb #c0d30006
 COMMANDS = {
+    'list': ('umt.data.preparing', 'make lists of the clips of a folder, and name the broken ones'),
+    'shards': ('umt.data.packing', 'pack clips, smaller or as JPEG frames, into tar files'),
     'stage1': ('umt.tasks.stage1', 'pre-train a student on video alone'),
     'recognition': ('umt.tasks.recognition', 'fine-tune or probe an action recogniser, or evaluate one'),
     'stage2': ('umt.tasks.stage2', 'pre-train with language'),
