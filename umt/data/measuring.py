@@ -32,7 +32,7 @@ from .index import forget
 from .packing import ShardsConfig, make_shards
 from .sampling import check_sampling, frame_indices
 from .shards import ShardManifest, read_shards
-from .tables import Manifest, read_manifest
+from .tables import Manifest, ManifestError, read_manifest
 from .transforms import pretrain_transform
 from .video import VideoReader
 
@@ -152,7 +152,10 @@ def read_some(
     count: int, # clips to take
 ) -> tuple[Manifest, int]: # clips from everywhere in the list, and how many it has
     "What is measured"
-    manifest = read_shards(file) if file.is_dir() else read_manifest(file, root, label=None, columns=None)
+    if file.is_dir(): manifest = read_shards(file)
+    else:
+        try: manifest = read_manifest(file, root, classes='sorted')
+        except ManifestError: manifest = read_manifest(file, root, label=None) # no labels
     return manifest.subset(np.unique(np.linspace(0, len(manifest) - 1, count).astype(int))), len(manifest)
 
 def clips_report(

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'seconds_per_call', 'Part', 'Machine', 'optimizer_step', 'stage1_parts', 'recognition_parts',
-           'stage2_parts', 'data_parts', 'measure', 'machine_for', 'main']
+           'stage2_parts', 'measure', 'machine_for', 'main']
 
 # %% ../../nbs/experiments/07_benchmark.ipynb #728fa34d
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 from math import prod
@@ -20,8 +21,8 @@ from torch import nn
 # %% ../../nbs/experiments/07_benchmark.ipynb #728fa34f
 from ..core.config import Config, override
 from ..core.ledger import count_flops, matmul_rate, peak_memory, restart_peak_memory
+from ..data import measuring
 from ..data.transforms import normalize_video
-from ..data.video import read_frames
 from ..models.heads import Recognizer
 from ..models.multimodal import Multimodal, freeze_unused
 from ..models.objectives import mask_captions
@@ -151,26 +152,10 @@ def stage2_parts(
         parts.append(Part(medium, optimizer_step(machine, model, loss_fn, batch), machine.batch_size, count))
     return parts
 
-# %% ../../nbs/experiments/07_benchmark.ipynb #fd3d4f42
-def data_parts(
-    config: stage1.Stage1Config, # whose clips are read
-    machine: Machine, # its batch size counts
-) -> list[Part]:
-    "Decoding clips, and making samples of them, in this process."
-    stage1.Stage1().prepare(config)
-    dataset = stage1.read_clips(config).train
-    n, where = machine.batch_size, [i % len(dataset) for i in range(machine.batch_size)]
-    def decode():
-        for i in where:
-            read_frames(dataset.manifest.source(i), dataset.choose, config.loader.backend)
-    def sample():
-        for i in where: dataset[0, i]
-    return [Part('decode', decode, n, None), Part('decode and transform', sample, n, None)]
-
 # %% ../../nbs/experiments/07_benchmark.ipynb #fd3d4f43
 BENCHMARKS = dict(
     stage1=(stage1.PRESETS, stage1_parts), recognition=(recognition.PRESETS, recognition_parts),
-    stage2=(stage2.PRESETS, stage2_parts), data=(stage1.PRESETS, data_parts)) # name -> presets, parts
+    stage2=(stage2.PRESETS, stage2_parts)) # name -> presets, parts
 
 def measure(
     parts: Sequence[Part], # one after the other
@@ -202,20 +187,21 @@ def machine_for(
 def main(
     argv: Sequence[str] | None = None, # arguments; None = the command line
 ):
-    "`umt bench stage1|stage2|recognition|data [--preset NAME] [--device cpu|cuda] ...`; `--help` has the rest."
+    "`umt bench stage1|stage2|recognition [--preset NAME] ...`, or `umt bench data`; `--help` has the rest."
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ['data']: return measuring.main(given[1:])
     parser = argparse.ArgumentParser(prog='umt bench')
-    parser.add_argument('what', choices=BENCHMARKS)
+    parser.add_argument('what', choices=[*BENCHMARKS, 'data'])
     parser.add_argument('--preset', help='of the task; default: nano_emoji')
-    parser.add_argument('--data-root', help='folder of the clips, for `data`')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--seconds', type=float, default=5., help='per part')
     parser.add_argument('--precision', choices=COMPUTE_DTYPE, help="default: the preset's; fp32 on a CPU")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(given)
     presets, parts_of = BENCHMARKS[args.what]
     name = args.preset or 'nano_emoji'
     if name not in presets: parser.error(f'--preset {name}: expected one of {", ".join(presets)}')
-    config = override(presets[name], data_root=args.data_root) if args.data_root else presets[name]
+    config = presets[name]
     machine = machine_for(config, args.device, args.batch_size, args.precision)
     rows = measure(parts_of(config, machine), machine, args.seconds)
     threads = torch.get_num_threads()
