@@ -2,8 +2,9 @@
 
 Every picture is a grid of 4 x 4 dark and bright blocks: the upper half spells the frame's number in binary, the lower
 half its complement. Codecs may blur it, a wrong frame cannot pass for the right one. `python tests/media_matrix.py
---table` reads all of them with every backend and prints the table of notebook 01_video."""
-import fcntl, json, os, shutil, struct, subprocess, sys
+--table` reads all of them with every backend and prints what became of it, as Markdown."""
+import argparse, fcntl, json, shutil, struct, subprocess, tempfile, time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,15 @@ def read_numbers(frames):
     ones = np.stack([gray[:, r, c].mean((1, 2)) > 128 for r in rows for c in columns], 1)
     numbers = ones[:, :8] @ (1 << np.arange(7, -1, -1))
     return np.where((ones[:, :8] != ones[:, 8:]).all(1), numbers, -1)
+
+
+def requests(length, keys):
+    "Lists of indices: ends, scattered, around key frames, at random, repeated and in any order"
+    rng, last = np.random.default_rng(length), length - 1
+    around = sorted({i for key in keys[:6] for i in (key - 1, key, key + 1) if 0 <= i <= last})
+    lists = [[0, last], [last], np.linspace(0, last, 8).astype(int), around, rng.integers(0, length, 1),
+             np.sort(rng.integers(0, length, 4)), [last, 3, 0, 3, last//2, 3]]
+    return [np.array(indices).tolist() for indices in lists if len(indices)]
 
 
 # ---- cases
@@ -253,7 +263,7 @@ def run(*arguments):
     if done.returncode: raise RuntimeError(f'{" ".join(command)}: {done.stderr.decode(errors="replace")}')
     return done.stdout
 
-def source(folder):
+def inputs(folder):
     "ffmpeg's options that read the pictures (and a tone) in front of everything that is made from them"
     path = folder/'pictures.rgb'
     if not path.exists():
@@ -264,7 +274,7 @@ def source(folder):
 def encode(folder, arguments, path):
     maps = [] if '-map' in arguments else ['-map', '0']
     pixels = [] if '-pix_fmt' in arguments or path.suffix == '.gif' else ['-pix_fmt', 'yuv420p']
-    run(*source(folder), *maps, *pixels, *arguments.split(), '-threads', '1', path)
+    run(*inputs(folder), *maps, *pixels, *arguments.split(), '-threads', '1', path)
     return path
 
 def passed_again(folder, path, options):
@@ -353,7 +363,7 @@ def numbers_in_order(path): return [int(read_numbers(frame[None])[0]) for frame 
 def make_all(folder):
     "Every file, two at a time, and the numbers that ffmpeg shows: a dictionary from file name to list"
     folder.mkdir(parents=True, exist_ok=True)
-    source(folder)
+    inputs(folder)
     with ThreadPoolExecutor(2) as pool:
         numbers = list(pool.map(lambda case: shown(make(folder, case)), CASES))
     truth = {case.file: each for case, each in zip(CASES, numbers)}
@@ -368,3 +378,71 @@ def shared(folder):
             numbers = make_all(folder)
             truth.write_text(json.dumps(numbers))
     return json.loads(truth.read_text())
+
+
+# ---- the table
+
+def cpu_ms(function):
+    "CPU time of a call: the least of three"
+    def once():
+        start = time.process_time()
+        function()
+        return 1000*(time.process_time() - start)
+    return min(once() for _ in range(3))
+
+def scattered_in_order(path, numbers):
+    "What the times of the backends are compared with: PyAV from the start, only the wanted frames converted to RGB"
+    wanted = set(np.linspace(0, len(numbers) - 1, 8).astype(int).tolist())
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format='rgb24') for i, frame in enumerate(container.decode(video=0)) if i in wanted]
+
+def judge(path, case, numbers, backend):
+    "How many requests came out right, were refused, or were wrong; CPU ms for eight frames all over the file, or None"
+    from umt.data.video import VideoError, read_frames
+    counts = Counter()
+    lists = requests(COUNT if case.sizes else len(numbers), in_order(path)[1])
+    for indices in lists:
+        try: frames = read_frames(path, indices, backend).permute(0, 2, 3, 1).numpy()
+        except VideoError: counts['refused'] += 1
+        else: counts['right' if read_numbers(frames).tolist() == [numbers[i] for i in indices] else 'wrong'] += 1
+    if counts['refused']: return counts, None
+    return counts, cpu_ms(lambda: read_frames(path, lists[2], backend))
+
+def cell(results, backend, files):
+    "Of the files of one kind: `right`, or how many were what, and CPU time against PyAV from the start"
+    counts = {key: sum(key in results[file, backend][0] for file in files) for key in ('wrong', 'refused')}
+    counts['right'] = sum(results[file, backend][0].keys() == {'right'} for file in files)
+    words = [f'{key} {count}' for key, count in counts.items() if count]
+    if counts['right'] == len(files): words = ['right']
+    times = [results[file, backend][1]/results[file, 'in order'] for file in files if results[file, backend][1]]
+    return ', '.join(words) + (f' ({np.median(times):.1f}x)' if times else '')
+
+def table(folder, backends):
+    "Markdown: container x codec x backend"
+    truth = shared(folder)
+    results = {}
+    for case in CASES:
+        path, file = folder/case.file, case.file
+        results[file, 'in order'] = cpu_ms(lambda: scattered_in_order(path, truth[file]))
+        for backend in backends: results[file, backend] = judge(path, case, truth[file], backend)
+    groups = {}
+    for case in CASES: groups.setdefault((case.extension, case.name.split('_')[0]), []).append(case.file)
+    lines = ['| container | codec | files | ' + ' | '.join(backends) + ' |', '|---'*(3 + len(backends)) + '|']
+    for (container, codec), files in sorted(groups.items()):
+        cells = [cell(results, backend, files) for backend in backends]
+        lines.append(f'| {container} | {codec} | {len(files)} | ' + ' | '.join(cells) + ' |')
+    totals = [sum((results[case.file, backend][0] for case in CASES), Counter()) for backend in backends]
+    lines.append(f'| all | requests | {len(CASES)} | '
+                 + ' | '.join(', '.join(f'{count} {key}' for key, count in total.items()) for total in totals) + ' |')
+    return '\n'.join(lines)
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--table', action='store_true', help='read the files and print the table')
+    parser.add_argument('--folder', type=Path, help='where the files are made and kept; default: a temporary folder')
+    parser.add_argument('--backends', nargs='+', default=['auto', 'pyav', 'decord'], help='also: torchcodec')
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)/'media'
+        if options.table: print(table(folder, options.backends))
+        else: print('\n'.join(f'{file} {len(numbers)}' for file, numbers in shared(folder).items()))
