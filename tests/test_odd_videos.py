@@ -55,7 +55,7 @@ def outcome(function, seconds=5):
 def assert_refused(source, backend='auto', kind=VideoError, **options):
     "Soon, with an error that names the file in one line"
     error = outcome(lambda: read_frames(source, [0], backend, **options))
-    assert isinstance(error, kind), repr(error)
+    assert isinstance(error, kind), type(error)
     name = os.fsdecode(source) if not isinstance(source, Source) else str(source)
     assert str(error).startswith(f'{name}: ')
     assert error.reason and '\n' not in error.reason
@@ -328,9 +328,14 @@ def test_pictures_over_the_limit(tmp_path, clip, backend):
     path = tmp_path/'clip.mp4'
     path.write_bytes(clip)
     assert_refused(path, backend, limits=Limits(frame_pixels=96*64 - 1))
-    assert_refused(Source(str(path), 0, len(clip)), backend, limits=Limits(bytes=len(clip) - 1))
-    assert_refused(Source('c.mp4', content=clip), backend, limits=Limits(bytes=len(clip) - 1))
-    assert numbers(path, limits=Limits(frame_pixels=96*64)) == INDICES
+    assert_refused(Source(str(path), 0, len(clip)), backend, limits=Limits(frame_pixels=96*64 - 1))
+    assert_refused(Source('c.mp4', content=clip), backend, limits=Limits(frame_pixels=96*64 - 1))
+
+def test_pictures_at_the_limit(tmp_path, clip):
+    path = tmp_path/'clip.mp4'
+    path.write_bytes(clip)
+    for backend in ('auto', 'pyav'):
+        assert numbers(path, backend=backend, limits=Limits(frame_pixels=96*64)) == INDICES
 
 def sized(height, width): return height.to_bytes(2, 'big') + width.to_bytes(2, 'big')
 
@@ -350,13 +355,12 @@ def test_headers_that_claim_gigabytes(media, tmp_path, kind, backend):
     path.write_bytes(content.replace(old, new))
     with little_memory(): assert_refused(path, backend)
 
-@pytest.mark.parametrize('arguments', ['-c:v libvpx-vp9 -deadline realtime -cpu-used 8 big.webm',
-                                       '-c:v mjpeg -pix_fmt yuvj420p big.avi'], ids=['vp9', 'mjpeg'])
-def test_pictures_that_are_huge(media, tmp_path, arguments):
+def test_pictures_that_are_huge(media, tmp_path):
     "8192 x 8200 pixels: more than 8K"
-    *options, name = arguments.split()
-    run('-f', 'lavfi', '-i', 'color=c=gray:s=8192x8200:r=1', '-frames:v', 1, *options, tmp_path/name)
-    with little_memory(): assert_refused(tmp_path/name)
+    path = tmp_path/'big.avi'
+    gray = '-f lavfi -i color=c=gray:s=8192x8200:r=1 -frames:v 1'
+    run(*gray.split(), '-c:v', 'mjpeg', '-pix_fmt', 'yuvj420p', path)
+    with little_memory(): assert_refused(path)
 
 
 # ---- cut off
