@@ -566,6 +566,41 @@ def test_manifests_of_other_readers_are_shared(write, cached):
     assert made == [1] and cache_folder() == cached
 
 
+# ---- anything at all
+
+TABLE = [dict(path=f'a/{i}.mp4', video=f'a/{i}.mp4', label=i % 3, caption='a "dog", é') for i in range(9)]
+
+
+def damage(content, rng):
+    "A few bytes changed, cut out, put in or repeated"
+    content = bytearray(content)
+    for _ in range(rng.integers(1, 6)):
+        at, kind = rng.integers(len(content)), rng.integers(4)
+        if kind == 0: content[at] = rng.integers(256)
+        if kind == 1: del content[at:at + rng.integers(1, 20)]
+        if kind == 2: content[at:at] = bytes(rng.choice(list(b'",\n\r\t \\{}[]:\xff\0;'), 3).tolist())
+        if kind == 3: content[at:at] = content[rng.integers(len(content)):][:30]
+        content = content or bytearray(b'x')
+    return bytes(content)
+
+
+@pytest.mark.parametrize('kind', ['csv', 'txt', 'json', 'jsonl', 'parquet'])
+def test_damaged_files_are_rows_or_a_manifest_error(write, tmp_path, kind):
+    parquet.write_table(pa.Table.from_pylist(TABLE), tmp_path/'good.parquet')
+    lines = ''.join(f'a/{i}.mp4,a/{i}.mp4,{i},"a ""dog"", é"\n' for i in range(9))
+    content = {'csv': ('path,video,label,caption\n' + lines).encode(), 'txt': b'a/1.mp4 3\na b/2.mp4 4\n"x y" 3\n' * 3,
+               'json': json.dumps(TABLE).encode(), 'jsonl': '\n'.join(map(json.dumps, TABLE)).encode(),
+               'parquet': (tmp_path/'good.parquet').read_bytes()}[kind]
+    rng, errors = np.random.default_rng(5), 0
+    for n in range(150):
+        file = write(f'f.{kind}', damage(content, rng))
+        for read in (read_manifest, read_captions)[:1 if kind == 'txt' else 2]:
+            try: m = read(file)
+            except ManifestError: errors += 1
+            else: assert [(m.name(i), int(m.ids[i])) for i in range(len(m))] and m.subset([0]).columns is not None
+    assert errors > 20
+
+
 # ---- speed
 
 def test_plain_lists_are_read_as_columns(write, monkeypatch):

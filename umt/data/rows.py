@@ -357,7 +357,7 @@ def parquet_rows(
                 columns = {name: rows[name].cast(_large(rows[name].type)) for name in kept}
                 yield Rows(pa.table(columns), np.arange(first, first + len(rows)), [])
                 first += len(rows)
-    except (pa.ArrowException, OSError, MemoryError) as e:
+    except (pa.ArrowException, OSError, MemoryError, UnicodeError, OverflowError, KeyError) as e:
         raise ManifestError(file, [(1, f'not a Parquet file, or damaged: {e}')]) from e
 
 def sqlite_rows(
