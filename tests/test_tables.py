@@ -123,6 +123,33 @@ def test_exact_and_fast_reading_agree(write, monkeypatch):
             assert list(file_rows(file, ['a'], ',')) == fast, text
 
 
+@pytest.mark.parametrize('columns', [['path', 'label'], ['path', 'start', 'end', 'label']])
+def test_exact_and_fast_reading_of_lists_agree(write, monkeypatch, columns):
+    rng = np.random.default_rng(1)
+    for n in range(300):
+        lines = [''.join(rng.choice(list('xéy, \t'), 14, p=[.3, .1, .2, .1, .2, .1])) for _ in range(3)]
+        file = write('t.txt', '\n'.join(lines) + '\n')
+        for separator in (',', ' '):
+            fast = list(file_rows(file, columns, separator))
+            with monkeypatch.context() as patch:
+                patch.setattr(rows_module, '_arrow_table', lambda *_: None)
+                assert list(file_rows(file, columns, separator)) == fast, lines
+
+
+def test_exact_and_fast_reading_of_json_agree(write, monkeypatch):
+    entries = [json.dumps({'path': f'v_{i}.mp4', 'label': i}) for i in range(50)]
+    for odd in (entries[3], '3', '{"a": 1}, {"a": 2}', '{"a": [{}', '{"b": 1}]}', '{"a": 1, "a": 2}', '', '"}, {"',
+                '{}'):
+        mixed = entries[:20] + [odd] + entries[20:]
+        lines, line = write('m.jsonl', '\n'.join(mixed)), write('m.json', f'[{", ".join(mixed)}]')
+        fast = list(jsonl_rows(lines)), list(json_rows(line))
+        with monkeypatch.context() as patch:
+            patch.setattr(rows_module, '_many_lines', lambda lines: [])
+            patch.setattr(rows_module, '_many', lambda text, begin: ([], begin))
+            assert (list(jsonl_rows(lines)), list(json_rows(line))) == fast, odd
+        for block in (9, 200): assert list(json_rows(line, block)) == fast[1], odd
+
+
 # ---- encodings
 
 LIST = 'é.mp4,1\nb.mp4,2\n'
@@ -526,7 +553,8 @@ def test_names_are_numbered_exactly(monkeypatch):
     assert (number_names(lambda a, b: part[a:b], 100) == part.dictionary_encode().indices.to_numpy()).all()
     assert number_names(of, 0).tolist() == []
     weak = columns._hashes # two names with the same 64 bits
-    def equal(text, base, powers): return weak(text, base, powers) % np.uint64(7 if base % 2**32 == 0x7F4A7C15 else 2**40)
+    def equal(text, base, powers):
+        return weak(text, base, powers) % np.uint64(7 if base == 0x9E3779B97F4A7C15 else 2**40)
     monkeypatch.setattr(columns, '_hashes', equal)
     assert (number_names(of, len(names)) == expected).all()
 
@@ -536,6 +564,41 @@ def test_manifests_of_other_readers_are_shared(write, cached):
     def make(): return made.append(1) or read_manifest(file, first_id=3)
     for _ in range(2): assert clips(shared_manifest(file, ['kind'], make)) == clips(read_manifest(file))
     assert made == [1] and cache_folder() == cached
+
+
+# ---- anything at all
+
+TABLE = [dict(path=f'a/{i}.mp4', video=f'a/{i}.mp4', label=i % 3, caption='a "dog", é') for i in range(9)]
+
+
+def damage(content, rng):
+    "A few bytes changed, cut out, put in or repeated"
+    content = bytearray(content)
+    for _ in range(rng.integers(1, 6)):
+        at, kind = rng.integers(len(content)), rng.integers(4)
+        if kind == 0: content[at] = rng.integers(256)
+        if kind == 1: del content[at:at + rng.integers(1, 20)]
+        if kind == 2: content[at:at] = bytes(rng.choice(list(b'",\n\r\t \\{}[]:\xff\0;'), 3).tolist())
+        if kind == 3: content[at:at] = content[rng.integers(len(content)):][:30]
+        content = content or bytearray(b'x')
+    return bytes(content)
+
+
+@pytest.mark.parametrize('kind', ['csv', 'txt', 'json', 'jsonl', 'parquet'])
+def test_damaged_files_are_rows_or_a_manifest_error(write, tmp_path, kind):
+    parquet.write_table(pa.Table.from_pylist(TABLE), tmp_path/'good.parquet')
+    lines = ''.join(f'a/{i}.mp4,a/{i}.mp4,{i},"a ""dog"", é"\n' for i in range(9))
+    content = {'csv': ('path,video,label,caption\n' + lines).encode(), 'txt': b'a/1.mp4 3\na b/2.mp4 4\n"x y" 3\n' * 3,
+               'json': json.dumps(TABLE).encode(), 'jsonl': '\n'.join(map(json.dumps, TABLE)).encode(),
+               'parquet': (tmp_path/'good.parquet').read_bytes()}[kind]
+    rng, errors = np.random.default_rng(5), 0
+    for n in range(150):
+        file = write(f'f.{kind}', damage(content, rng))
+        for read in (read_manifest, read_captions)[:1 if kind == 'txt' else 2]:
+            try: m = read(file)
+            except ManifestError: errors += 1
+            else: assert [(m.name(i), int(m.ids[i])) for i in range(len(m))] and m.subset([0]).columns is not None
+    assert errors > 20
 
 
 # ---- speed

@@ -64,19 +64,15 @@ class Columns:
     "Columns that grow; `folder` is where text and whole numbers go, or None: everything stays in memory"
     def __init__(self,
         folder: Path | None = None, # for a file or two per column
-    ):
-        self.folder, self.chunks, self.kinds, self.ends, self.rows = folder, {}, {}, {}, {}
+    ): self.folder, self.chunks, self.kinds, self.ends, self.rows = folder, {}, {}, {}, {}
 
-    def add(self,
-        name: str, # of the column
-        values: pa.Array, # of the same type each time
-    ):
-        "Append to a column"
+    def add(self, name: str, values: pa.Array):
+        "Append values of one type to a column"
         if isinstance(values, pa.ChunkedArray): values = values.combine_chunks()
         self.kinds.setdefault(name, values.type)
-        kept = pa.types.is_large_string(values.type) or pa.types.is_int64(values.type)
-        if self.folder is None or values.null_count or not kept or name in self.chunks or not len(values):
-            return self.chunks.setdefault(name, []).append(values) if len(values) else None
+        if not len(values): return
+        kept = self.folder and not values.null_count and values.type in (pa.large_string(), pa.int64())
+        if not kept or name in self.chunks: return self.chunks.setdefault(name, []).append(values)
         first, self.rows[name] = name not in self.rows, self.rows.get(name, 0) + len(values)
         if pa.types.is_int64(values.type): return self._write(name, 'numbers', int64_values(values))
         offsets = np.frombuffer(values.buffers()[1], np.int64)[values.offset:values.offset + len(values) + 1]
@@ -94,8 +90,7 @@ class Columns:
         file = self._file(name, what)
         return pa.memory_map(str(file)).read_buffer() if file.stat().st_size else pa.py_buffer(b'')
 
-    def array(self, name: str) -> pa.Array:
-        "A column as a single array"
+    def array(self, name: str) -> pa.Array: # a column as a single array
         kept = []
         if rows := self.rows.get(name):
             whats = ('numbers', ) if pa.types.is_int64(self.kinds[name]) else ('offsets', 'text')
@@ -238,7 +233,8 @@ class _Powers(dict):
     "base -> base**0, base**1, ... modulo 2**64, as many as were needed so far"
     def first(self, base: int, count: int) -> np.ndarray: # uint64 [count]
         if len(self.get(base, ())) < count:
-            self[base] = np.concatenate([np.ones(1, np.uint64), np.cumprod(np.full(count + count // 8, base, np.uint64))])
+            more = np.full(count + count // 8, base, np.uint64)
+            self[base] = np.concatenate([np.ones(1, np.uint64), np.cumprod(more)])
         return self[base][:count]
 
 def _hashes(

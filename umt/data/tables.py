@@ -21,8 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..core.columns import (
-    Columns, check_labels, constant, int64_values, label_wrong, number_classes, packed, table_of, take_columns, unpacked)
+from umt.core.columns import (
+    Columns, check_labels, constant, int64_values, label_wrong, number_classes, packed, table_of, take_columns,
+    unpacked)
 from .containers import LinkError, Source, UnreadableVideo
 from .rows import ManifestError, Rows, check_file, file_rows, row_blocks
 
@@ -229,12 +230,14 @@ def _json_rows(
     good, bad = [], []
     for line, row in file_rows(file, (path,), None):
         try:
-            where, _, other = check_row(row, root, path, None)
-            value = other.get(label, '') if label else 0
+            if isinstance(row, str): raise ValueError(row)
+            where, value = row.get(path), row.get(label) if label else 0
+            if where in (None, ''): raise ValueError(f'no {path!r} in {str(row)[:100]}')
+            if not isinstance(where, str) or not where.isascii(): check_path(root, where, path)
             if value in ('', None): raise ValueError(f'no {label!r} in {str(row)[:100]}')
             if isinstance(value, bool) or not isinstance(value, (int, str)): raise ValueError(label_wrong(value, label))
         except ValueError as e: bad.append((line, str(e)))
-        else: good.append((line, {path: where, **other}))
+        else: good.append((line, row))
     names = dict.fromkeys(name for _, row in good for name in row)
     columns = {name: [row.get(name) for _, row in good] for name in names}
     if label and not all(isinstance(value, int) for value in columns.get(label, ())):
