@@ -7,7 +7,6 @@ __all__ = ['VIDEO_EXTENSIONS', 'IMAGE_EXTENSIONS', 'MOVING_IMAGES', 'suffix_of',
 
 # %% ../../nbs/core/11_samples.ipynb #5a3b0003
 import json
-import posixpath
 import re
 from collections.abc import Iterable
 from typing import BinaryIO, NamedTuple
@@ -25,18 +24,19 @@ _FRAME = re.compile(r'(.+)\.f(\d{4,})\.jpe?g', re.I | re.S) # of a clip of JPEG 
 
 def suffix_of(name: str) -> str: # in lower case, '' if there is none
     "The last suffix of a file's name"
-    return posixpath.basename(name).rpartition('.')[2].lower() if '.' in posixpath.basename(name) else ''
+    _, dot, suffix = name.rpartition('/')[2].rpartition('.')
+    return suffix.lower() if dot else ''
 
 def _medium_of(name: str) -> str | None:
     "What a member's suffix says: a video, an image, or neither. What macOS adds (`._0.mp4`) is neither"
-    if posixpath.basename(name).startswith('.'): return None
+    if name.rpartition('/')[2].startswith('.'): return None
     suffix = suffix_of(name)
     return 'video' if suffix in VIDEO_EXTENSIONS else 'image' if suffix in IMAGE_EXTENSIONS else None
 
 def _keys(name: str) -> tuple[str, str]: # the whole name without its last suffix; webdataset's key
     "The two keys of a member, the same for most"
-    folder, base = posixpath.split(name)
-    return tuple(posixpath.join(folder, key) for key in (base.rpartition('.')[0] or base, base.split('.')[0] or base))
+    folder, slash, base = name.rpartition('/')
+    return tuple(folder + slash + (key or base) for key in (base.rpartition('.')[0], base.split('.', 1)[0]))
 
 # %% ../../nbs/core/11_samples.ipynb #829032f2
 class ShardMember(NamedTuple):

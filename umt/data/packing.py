@@ -249,7 +249,7 @@ def write_shard(
     write_json(out/f'index/{number:06d}.json', note)
     return note
 
-# %% ../../nbs/data/22_packing.ipynb #ac0a000f
+# %% ../../nbs/data/22_packing.ipynb #ac0a001c
 def read_source(
     config: ShardsConfig, # what to pack
 ) -> Manifest:
@@ -289,6 +289,7 @@ def _outcomes(
         for copy in tqdm(copied, 'clips', disable=None): yield None if copy else next(outcomes)
     finally: outcomes.close()
 
+# %% ../../nbs/data/22_packing.ipynb #ac0a000f
 def make_shards(
     config: ShardsConfig, # what to do
 ) -> list[dict]: # the shards' notes
@@ -315,8 +316,8 @@ def make_shards(
 def finish(
     config: ShardsConfig, # of a run whose shards are all there
     notes: Sequence[dict], # of `make_shards`
-) -> int: # clips that were left out
-    "Write the index, the checksums (for `sha256sum -c index/sha256sums`) and the report, and say what was done"
+) -> tuple[str, int]: # a summary for people, the number of clips that were left out
+    "Write the index, the checksums (for `sha256sum -c index/sha256sums`) and the report"
     out, broken = Path(config.out), [entry for note in notes for entry in note['broken']]
     for name, lines in (('sha256sums', [f'{note["sha256"]}  {note["shard"]}' for note in notes]),
                         ('report.jsonl', [json.dumps(entry) for entry in broken])):
@@ -325,10 +326,11 @@ def finish(
         if old.name not in {note['shard'] for note in notes}: raise DataError(f'{old} is not of this list: remove it')
     index_shards(out)
     clips, size = sum(note['clips'] for note in notes), sum(note['bytes'] for note in notes)
-    print(f'{clips} clips in {len(notes)} shards, {size / 1e6:.1f} MB, {size / max(clips, 1) / 1e3:.1f} kB each: {out}')
-    if broken: print(f'{len(broken)} left out, see {out}/index/report.jsonl')
-    for entry in broken[:10]: print(f'  {entry["path"]}: {entry["reason"]}')
-    return len(broken)
+    each = size / max(clips, 1) / 1e3
+    said = [f'{clips} clips in {len(notes)} shards, {size / 1e6:.1f} MB, {each:.1f} kB each: {out}']
+    if broken: said.append(f'{len(broken)} left out, see {out}/index/report.jsonl')
+    said += [f'  {entry["path"]}: {entry["reason"]}' for entry in broken[:10]]
+    return '\n'.join(said), len(broken)
 
 def main(
     argv: Sequence[str] | None = None, # arguments; None: the command line
@@ -338,10 +340,11 @@ def main(
     given = positional(sys.argv[1:] if argv is None else argv, ['source', 'out'])
     config, dry = from_cli({'default': ShardsConfig(source='LIST')}, given, 'umt shards')
     if dry: return print(config)
-    try: left_out = finish(config, make_shards(config))
+    try: said, left_out = finish(config, make_shards(config))
     except KeyboardInterrupt: raise UsageError('umt shards: interrupted; the same command goes on', 130) from None
     except DataError as error: raise UsageError(f'umt shards: {error}', 1) from None
     except (OSError, ValueError) as error: raise UsageError(f'umt shards: error: {error}') from None
+    print(said)
     if left_out: raise UsageError(f'umt shards: {left_out} clips were left out', 3)
 
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -51,6 +51,7 @@ def _serve(connection, function):
         except Exception as e: outcome = Outcome(None, type(e).__name__, str(e) or 'no reason given')
         connection.send(outcome)
 
+# %% ../../nbs/data/20_preparing.ipynb #9e0a001d
 class _Child:
     "A process that does one task at a time"
     def __init__(self,
@@ -216,6 +217,7 @@ def _known(
         if isinstance(entry, dict) and 'path' in entry and 'state' in entry: known[entry['path']] = entry
     return known
 
+# %% ../../nbs/data/20_preparing.ipynb #9e0a001f
 def look_at(
     folder: str | Path, # of the clips
     clips: Sequence[str], # paths in it
@@ -311,7 +313,7 @@ def _summary(rows: Sequence[dict], broken: Sequence[dict], others: Counter) -> s
 # %% ../../nbs/data/20_preparing.ipynb #9e0a0013
 def make_lists(
     config: ListConfig, # what to do
-) -> dict[str, Path]: # split -> list
+) -> tuple[dict[str, Path], str]: # split -> list; a summary for people
     "Probe a folder and write its lists, beside them the classes and the report"
     if not os.path.isdir(config.folder): raise UsageError(f'umt list: error: {config.folder} is no folder')
     out = Path(config.out or Path(config.folder, 'list.csv'))
@@ -330,12 +332,13 @@ def make_lists(
     for name, file in lists.items(): _write_list(file, of[name])
     for file, lines in ((beside('.classes.txt'), names), (beside('.report.jsonl'), map(json.dumps, broken))):
         with complete(file) as unfinished: unfinished.write_text(''.join(f'{line}\n' for line in lines), 'utf-8')
-    print(_summary(rows, broken, found.others))
-    for name, file in lists.items(): print(f'{name}: {len(of[name])} clips in {file}')
-    if out.parent.absolute() != Path(config.folder).absolute(): print(f'paths are relative to {config.folder}')
+    said = [_summary(rows, broken, found.others)]
+    said += [f'{name}: {len(of[name])} clips in {lists[name]}' for name in lists]
+    if out.parent.absolute() != Path(config.folder).absolute(): said.append(f'paths are relative to {config.folder}')
     if not rows: raise UsageError('umt list: error: not one of the files can be read')
-    return lists
+    return lists, '\n'.join(said)
 
+# %% ../../nbs/data/20_preparing.ipynb #9e0a001e
 def positional(
     argv: Sequence[str], # of a command
     names: Sequence[str], # of the options that may be given by their place
@@ -353,7 +356,7 @@ def main(
     given = positional(sys.argv[1:] if argv is None else argv, ['folder'])
     config, dry = from_cli({'default': ListConfig()}, given, 'umt list')
     if dry: return print(config)
-    try: make_lists(config)
+    try: print(make_lists(config)[1])
     except KeyboardInterrupt: raise UsageError('umt list: interrupted; the same command goes on', 130) from None
     except (OSError, ValueError) as error: raise UsageError(f'umt list: error: {error}') from None
 

@@ -212,7 +212,7 @@ def index_shards(
     if medium == 'video': of = pc.or_(of, pc.match_substring_regex(index.table['path'], moving))
     return index._replace(table=index.table.filter(of))
 
-# %% ../../nbs/data/11_shards.ipynb #2666d377
+# %% ../../nbs/data/11_shards.ipynb #5a9d0011
 def _fetched(
     folder: str, # URL
     shard: str, # in it
@@ -231,6 +231,7 @@ def _fetched(
         except Exception as e: reason = f'cannot be fetched ({type(e).__name__}: {e})' # a store has errors of its own
     raise UnreadableVideo(name, reason)
 
+# %% ../../nbs/data/11_shards.ipynb #2666d377
 @dataclass(frozen=True, eq=False, repr=False)
 class ShardManifest(Manifest):
     "Clips in tar files; `paths` are 'shard.tar/member'. `root` may be a URL"
@@ -250,8 +251,8 @@ class ShardManifest(Manifest):
         "Where clip `index` lies in its shard; from another store, its bytes"
         name, offset, size = self.name(index), int(self.offsets[index]), int(self.sizes[index])
         shard = re.match(r'(?i).*?\.tar(?=/)', name)[0]
-        flat = None if self.frames is None else self.frames[index].as_py()
-        frames = tuple(zip(flat[::2], flat[1::2])) if flat else ()
+        flat = (None if self.frames is None else self.frames[index].as_py()) or ()
+        frames = tuple(zip(flat[::2], flat[1::2]))
         if not is_url(self.root): return Source(resolve(self.root, shard), offset, size, name, frames=frames)
         content = _fetched(self.root, shard, offset, size, name)
         frames = tuple((begin - offset, length) for begin, length in frames)
@@ -259,9 +260,8 @@ class ShardManifest(Manifest):
 
     def read(self, index: int) -> bytes:
         "What the member of clip `index` holds; of JPEG frames, all that lies between the first and the last"
-        source = self.source(index)
-        if source.content is not None: return source.content
-        return _fetched(*os.path.split(source.path), source.offset, source.size, source.name)
+        path, offset, size, name, content, _ = self.source(index)
+        return _fetched(*os.path.split(path), offset, size, name) if content is None else content
 
     def subset(self, indices: Iterable[int]) -> 'ShardManifest':
         "These clips, with their ids"
