@@ -97,7 +97,7 @@ def typed(
     except VideoError: raise
     except FAULTS as e:
         reason = getattr(e, 'strerror', None) or str(e) or type(e).__name__
-        raise kind(name, f'{doing} ({reason})') from e
+        raise kind(name, f'{doing} ({reason.split(" <_io")[0]})') from e
 
 # %% ../../nbs/data/00_containers.ipynb #6e6c8a51
 class MediaFile:
@@ -107,46 +107,43 @@ class MediaFile:
         limits: Limits = Limits(),
     ):
         self.source, self.limits, self.fd = source, limits, None
-        content = source.content
-        if content is not None: self.start, self.end, self.key = 0, len(content), None
-        else: self._open()
-        if self.end == self.start: raise EmptyVideo(source, 'the file has no bytes')
+        try:
+            if source.content is None: self._open()
+            else: self.start, self.end, self.key = 0, len(source.content), None
+            self.size = self.end - self.start
+            if not self.size: raise EmptyVideo(source, 'the file has no bytes')
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self):
-        source, flags = self.source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC # a named pipe must not block
-        try: self.fd = os.open(source.path, flags)
+        source = self.source
+        try: self.fd = os.open(source.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) # a named pipe must not block
         except (FileNotFoundError, NotADirectoryError) as e: raise MissingVideo(source, 'no such file') from e
         except (OSError, ValueError) as e: # links in a circle, rights, a name that is too long or no name
             raise UnreadableVideo(source, f'cannot be opened ({getattr(e, "strerror", None) or e})') from e
-        try:
-            with typed(source, 'cannot be opened'): status = os.fstat(self.fd)
-            if not stat.S_ISREG(status.st_mode): raise UnreadableVideo(source, 'not a file')
-            length = status.st_size
-            self.start, self.end = source.offset, length if source.size is None else source.offset + source.size
-            if not 0 <= self.start <= self.end <= length:
-                raise TruncatedVideo(source, f'bytes {self.start} to {self.end} of a file with {length} bytes')
-        except VideoError:
-            self.close()
-            raise
+        status = os.fstat(self.fd)
+        length = status.st_size
+        self.start, self.end = source.offset, length if source.size is None else source.offset + source.size
         self.key = status.st_dev, status.st_ino, status.st_mtime_ns, length, self.start, self.end
-
-    @property
-    def size(self) -> int: return self.end - self.start
+        if not stat.S_ISREG(status.st_mode): raise UnreadableVideo(source, 'not a file')
+        if not 0 <= self.start <= self.end <= length:
+            raise TruncatedVideo(source, f'bytes {self.start} to {self.end} of a file with {length} bytes')
 
     def read(self,
         offset: int = 0, # from the beginning of the medium
         size: int | None = None, # None: all the rest
     ) -> bytes: # fewer than asked for at the end
         "Some of the bytes; refuses to take more memory than `limits.bytes`"
-        size = self.size - offset if size is None else min(size, self.size - offset)
+        size = min(self.size - offset, size or self.size)
         if size > self.limits.bytes:
             raise UnreadableVideo(self.source, f'{size} bytes, more than limits.bytes={self.limits.bytes}')
         if self.fd is None: return self.source.content[offset:offset + size]
         with typed(self.source, 'cannot be read'): return os.pread(self.fd, size, self.start + offset)
 
     def close(self):
-        if self.fd is not None: os.close(self.fd)
-        self.fd = None
+        fd, self.fd = self.fd, None
+        if fd is not None: os.close(fd)
 
 # %% ../../nbs/data/00_containers.ipynb #89f76362
 FORMATS = ('mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,gif,apng,ogg,h264,hevc,vvc,m4v,h263,obu,av1,ivf,mjpeg,dv,'
@@ -171,6 +168,16 @@ def open_container(
         if not isinstance(e.__cause__, av.error.ArgumentError): raise
         raise UnreadableVideo(file.source, 'not a video in one of the containers that are allowed') from e.__cause__
 
+# %% ../../nbs/data/00_containers.ipynb #2df70781
+def _main_stream(container, source):
+    "The first stream of moving pictures that FFmpeg can decode"
+    cover = av.stream.Disposition.attached_pic # the picture of a song's album is no video
+    stream = next((s for s in container.streams.video if not s.disposition & cover), None)
+    if stream is None:
+        raise NoVideoStream(source, f'no video among its streams {[s.type for s in container.streams]}')
+    if stream.codec_context is None: raise UnreadableVideo(source, 'FFmpeg does not know its codec')
+    return stream
+
 # %% ../../nbs/data/00_containers.ipynb #7bb39f8b
 class Media:
     "An open video: its bytes, FFmpeg's container, and the main video stream. A context manager"
@@ -190,13 +197,10 @@ class Media:
         "Opens the container anew: the only way back to the first frame that is exact in all of them"
         if self.container is not None: self.container.close()
         self.container, self.fresh = open_container(self.file), True
-        cover = av.stream.Disposition.attached_pic # the picture of a song's album is no video
-        streams = self.container.streams
-        self.stream = stream = next((s for s in streams.video if not s.disposition & cover), None)
-        if stream is None: raise NoVideoStream(
-            self.source, f'no video among its streams {[s.type for s in streams]}')
-        context = stream.codec_context
-        if context is None: raise UnreadableVideo(self.source, 'FFmpeg does not know its codec')
+        self.stream = _main_stream(self.container, self.source)
+        context = self.stream.codec_context
+        self.format = self.container.format.name.split(',')[0] # of mov,mp4,m4a,...: mov
+        self.codec = self.stream.codec.canonical_name # av1 rather than libdav1d
         check_size(self.source, context.width, context.height, self.limits)
         context.thread_count = self.num_threads
         context.options = {'max_pixels': str(self.limits.frame_pixels)}
@@ -209,12 +213,6 @@ class Media:
         "Demuxes the video stream from where the container stands"
         self.fresh = False
         return self.container.demux(self.stream)
-
-    @property
-    def format(self) -> str: return self.container.format.name.split(',')[0] # of mov,mp4,m4a,...: mov
-
-    @property
-    def codec(self) -> str: return self.stream.codec.canonical_name # av1 rather than libdav1d
 
     def close(self):
         if self.container is not None: self.container.close()

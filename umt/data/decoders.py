@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core.extras import need
 from .containers import (
-    BackendRefused, Limits, Media, MediaFile, Source, TruncatedVideo, UnreadableVideo, check_size, typed)
+    FAULTS, BackendRefused, Limits, Media, MediaFile, Source, TruncatedVideo, UnreadableVideo, check_size, typed)
 from .index import decode_in_order, may_seek, read_index
 
 # %% ../../nbs/data/00c_decoders.ipynb #7185dedb
@@ -85,6 +85,33 @@ def frames_from_key(media, index, k):
             yield position, frame
             position += 1
 
+# %% ../../nbs/data/00c_decoders.ipynb #ea576de6
+def _by_key(media, index, wanted):
+    "The wanted frames, each decoded from the last key frame before it, none twice"
+    pictures, keys, frames, at = _Pictures(media.source, len(wanted)), index.keys, None, -1
+    starts = np.where(keys[:, 2] < 0, keys[:, 1], keys[:, 2]).tolist()
+    for place, i in enumerate(wanted):
+        k = bisect_right(starts, i) - 1
+        if frames is None or starts[k] > at + 1:
+            frames = frames_from_key(media, index, k)
+            at, frame = next(frames, (-1, None))
+            if at > i: # a picture that leads key frame k
+                frames = frames_from_key(media, index, k - 1)
+                at, frame = next(frames, (-1, None))
+        while -1 < at < i: at, frame = next(frames, (-1, None))
+        if at != i: raise _NotAsIndexed('end')
+        pictures.put(place, frame)
+    return pictures.rgb
+
+def _in_order(frames, pictures, wanted):
+    "Puts the wanted ones of all frames into `pictures`; how many frames were there, at least"
+    shown, places = 0, {i: place for place, i in enumerate(wanted)}
+    for frame in frames:
+        if shown in places: pictures.put(places[shown], frame)
+        shown += 1
+        if shown > wanted[-1]: break
+    return shown
+
 # %% ../../nbs/data/00c_decoders.ipynb #6bfd3b6a
 class PyAVDecoder:
     "By key frame where an index proves where key frames lie, else in order from the start"
@@ -102,59 +129,31 @@ class PyAVDecoder:
 
     def _plan(self):
         by_list = self.listed and not may_seek(self.media) # then there is nothing to count, and nothing to seek by
-        self.index, self.frames = (None, None) if by_list else read_index(self.media)
-        self.length = self.listed or self.index.length
-        if self.index and self.index.length != self.length: self._wrong_length(self.index.length)
-        self.how = 'pyav, in order' if self.index is None or self.index.keys is None else 'pyav, by key frame'
+        self._take(*((None, None) if by_list else read_index(self.media)))
 
-    def _wrong_length(self, found):
-        raise UnreadableVideo(self.media.source, f'{self.length} frames in the list, {found} in the file')
+    def _take(self, index, frames, why=''):
+        self.index, self.frames, self.length = index, frames, self.listed or index.length
+        self.how = f'pyav, {"in order" if index is None or index.keys is None else "by key frame"}{why}'
+        if index and index.length != self.length: self._fail(f'{index.length} in the file')
+
+    def _fail(self, found): # what was chosen by one count means other frames by another
+        expected = f'{self.length} frames {"listed" if self.listed else "counted"}'
+        raise UnreadableVideo(self.media.source, f'{expected}, {found}')
 
     def read(self, wanted):
         if self.how == 'pyav, by key frame':
-            try:
-                with typed(self.media.source, 'damaged'): return self._by_key(wanted)
-            except (_NotAsIndexed, UnreadableVideo) as e: self._distrust(e)
-        return self._in_order(wanted)
-
-    def _distrust(self, reason):
-        "Once: counts by decoding; what the caller chose by another count would be other frames in another process"
-        counted = self.index
-        self.index, self.frames = read_index(self.media, decode=True)
-        self.how = f'pyav, in order ({counted.evidence} not as decoded: {reason})'
-        if self.index.length != self.length:
-            found = f'{self.length} frames by its {counted.evidence}, {self.index.length} when decoded'
-            raise UnreadableVideo(self.media.source, found)
-
-    def _by_key(self, wanted):
-        pictures, keys, frames, at = _Pictures(self.media.source, len(wanted)), self.index.keys, None, -1
-        starts = np.where(keys[:, 2] < 0, keys[:, 1], keys[:, 2]).tolist()
-        for place, i in enumerate(wanted):
-            k = bisect_right(starts, i) - 1
-            if frames is None or starts[k] > at + 1:
-                frames = frames_from_key(self.media, self.index, k)
-                at, frame = next(frames, (-1, None))
-                if at > i: # a picture that leads key frame k
-                    frames = frames_from_key(self.media, self.index, k - 1)
-                    at, frame = next(frames, (-1, None))
-            while -1 < at < i: at, frame = next(frames, (-1, None))
-            if at != i: raise _NotAsIndexed('end')
-            pictures.put(place, frame)
+            try: return _by_key(self.media, self.index, wanted)
+            except (_NotAsIndexed, *FAULTS) as e: # once: from here on by decoding in order
+                before, (index, frames) = self.length, read_index(self.media, decode=True)
+                self._take(index, frames, f' ({self.index.evidence} not as decoded: {e})')
+                if before != self.length: self._fail(f'{before} by its index')
+        pictures = _Pictures(self.media.source, len(wanted))
+        shown = _in_order(self.frames or decode_in_order(self.media), pictures, wanted)
+        if shown <= wanted[-1]: self._fail(f'{shown} decoded')
         return pictures.rgb
 
-    def _in_order(self, wanted):
-        source, shown, places = self.media.source, 0, set(wanted)
-        pictures = _Pictures(source, len(wanted))
-        for frame in self.frames or decode_in_order(self.media):
-            if shown in places: pictures.put(wanted.index(shown), frame)
-            shown += 1
-            if shown > wanted[-1]: return pictures.rgb
-        if self.listed: self._wrong_length(shown)
-        raise TruncatedVideo(source, f'{self.length} frames counted, {shown} decoded')
-
     def times(self):
-        self.index, self.frames = read_index(self.media, times=True)
-        if self.index.length != self.length: self._wrong_length(self.index.length)
+        if self.index is None or self.index.times is None: self._take(*read_index(self.media, times=True))
         return (self.index.times - self.index.times[0])*float(self.index.time_base)
 
     def close(self): self.media.close()
@@ -171,7 +170,8 @@ def _refusal(backend, media, index):
     codecs, stream = PROVEN[backend].get(media.format, ()), media.stream
     if media.codec not in codecs: return f'{media.codec} in {media.format}'
     if stream.codec_context.pix_fmt not in PLAIN: return f'pixels of format {stream.codec_context.pix_fmt}'
-    if stream.codec_context.colorspace not in (1, 2, 5, 6): return 'its colours'
+    if stream.codec_context.colorspace not in (1, 2, 5, 6) or stream.codec_context.color_range == 2:
+        return 'its colours'
     if index.evidence != 'packets': return 'frames that are only known by decoding'
     if index.hidden: return 'an edit list'
     if (index.keys[:, 2] != index.keys[:, 1]).any(): return 'open groups of pictures'
@@ -252,7 +252,7 @@ class JpegDecoder:
         pictures = _Pictures(self.source, len(wanted))
         for place, i in enumerate(wanted):
             offset, size = self.source.frames[i]
-            if min(offset, size) < 0 or offset + size > self.file.size:
+            if offset < 0 or size < 1 or offset + size > self.file.size:
                 raise TruncatedVideo(self.source, f'frame {i} ends at byte {offset + size} of {self.file.size}')
             with typed(self.source, f'frame {i} is not a readable JPEG image'):
                 with Image.open(io.BytesIO(self.file.read(offset, size)), formats=['JPEG']) as image:

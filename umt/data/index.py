@@ -146,6 +146,7 @@ def _from_packets(media):
             shown = not packet.is_discard and _shows(codec, packet)
             rows.append((packet.pts, shown, packet.is_keyframe))
     if damaged: raise TruncatedVideo(source, f'{damaged} of {len(rows)} packets cut off or damaged')
+    if not rows: _check_complete(media, [0], 0)
     if not rows: raise EmptyVideo(source, 'the video stream has no frames')
     if any(pts is None for pts, *_ in rows): return
     pts, shown, key = np.array(rows, np.int64).T
@@ -237,7 +238,8 @@ def read_index(
     "The cheapest evidence there is of what a video shows: its header, else its packets, else its frames"
     index, frames = _indexes.get(media.file.key), None
     if index is not None and (index.times is not None or not times) and not decode: return index, None
-    index = None if decode else (None if times else _from_entries(media)) or _from_packets(media)
+    index = None if decode else _from_entries(media)
+    if not decode and (index is None or times): index = _from_packets(media)
     if index is None: index, frames = _from_decoding(media)
     _indexes.put(media.file.key, index)
     return index, frames
