@@ -326,10 +326,12 @@ def number_classes(
     found = sorted(set(texts.drop_null().to_pylist()) - {''})
     known = tuple(found if isinstance(classes, str) else classes)
     if len(set(known)) < len(known): raise ValueError(f'classes: expected different names, found {list(known)!r:.200}')
-    if not wrong and (isinstance(classes, str) or not set(found) <= set(known)):
-        if isinstance(classes, str): return numbers, None, []
+    blank = all(texts[row].as_py() in (None, '') for row, _ in wrong) # such rows make no names of the others
+    if blank and len(wrong) < len(labels) and (isinstance(classes, str) or not set(found) <= set(known)):
+        if isinstance(classes, str): return numbers, None, wrong
         outside = np.flatnonzero((numbers < 0) | (numbers >= len(known))).tolist()
-        return numbers, known, [(row, f'{name} {numbers[row]}: expected 0 to {len(known) - 1}') for row in outside]
+        said = [(row, f'{name} {numbers[row]}: expected 0 to {len(known) - 1}') for row in outside]
+        return numbers, known, wrong + said
     index, bad = {text: i for i, text in enumerate(known)}, []
     if isinstance(classes, str) and len(wrong) < len(labels):
         mixed = sorted(set(range(len(labels))) - {row for row, _ in wrong})
