@@ -129,16 +129,15 @@ class PyAVDecoder:
 
     def _plan(self):
         by_list = self.listed and not may_seek(self.media) # then there is nothing to count, and nothing to seek by
-        self._take(*((None, None) if by_list else read_index(self.media)))
+        self._take(*((None, None) if by_list else read_index(self.media, listed=self.listed)))
 
     def _take(self, index, frames, why=''):
         self.index, self.frames, self.length = index, frames, self.listed or index.length
-        self.how = f'pyav, {"in order" if index is None or index.keys is None else "by key frame"}{why}'
+        self.how = f'pyav, {"in order" if index is None or index.keys is None or frames else "by key frame"}{why}'
         if index and index.length != self.length: self._fail(f'{index.length} in the file')
 
     def _fail(self, found): # what was chosen by one count means other frames by another
-        expected = f'{self.length} frames {"listed" if self.listed else "counted"}'
-        raise UnreadableVideo(self.media.source, f'{expected}, {found}')
+        raise UnreadableVideo(self.media.source, f'{self.length} frames expected, {found}')
 
     def read(self, wanted):
         if self.how == 'pyav, by key frame':
@@ -153,7 +152,8 @@ class PyAVDecoder:
         return pictures.rgb
 
     def times(self):
-        if self.index is None or self.index.times is None: self._take(*read_index(self.media, times=True))
+        if self.index is None or self.index.times is None:
+            self._take(*read_index(self.media, times=True, listed=self.listed))
         return (self.index.times - self.index.times[0])*float(self.index.time_base)
 
     def close(self): self.media.close()
@@ -184,7 +184,7 @@ class _Foreign:
     def __init__(self, source, num_threads, length, limits):
         name, self.source, self.media = self.name, source, Media(source, num_threads, limits)
         try:
-            self.index, _ = read_index(self.media, times=True)
+            self.index, _ = read_index(self.media, times=True, listed=length)
             if reason := _refusal(name, self.media, self.index):
                 raise BackendRefused(source, f"backend {name!r} is not proven for {reason}: take 'auto' or 'pyav'")
             file = self.media.file
