@@ -10,13 +10,13 @@ nbdev_test = Path(sys.executable).parent/'nbdev_test'
 
 
 def main(options: list[str]):
-    expected = Counter(p.name for p in root.glob('nbs/*/[0-9][0-9]*_*.ipynb'))
-    command = [nbdev_test, '--file_re', r'^\d\d\w?_', '--timing', *options]
+    expected = Counter(p.name for p in root.glob('nbs/*/[0-9][0-9]_*.ipynb'))
+    command = [nbdev_test, '--file_re', r'^\d\d_', '--timing', *options]
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
     ran = Counter()
     for line in process.stdout:
         print(line, end='', flush=True)
-        ran.update(re.findall(r'^(\d\d\w+\.ipynb): \d+ secs', line))
+        ran.update(re.findall(r'^(\d\d_\w+\.ipynb): \d+ secs', line))
     if process.wait():
         sys.exit(process.returncode)
     if ran != expected:

@@ -22,9 +22,9 @@ def read(path: Path):
 def rooms(floor: str) -> list[tuple[str, str, str]]:
     "Path below nbs, name and one-line summary of a floor's notebooks, in order."
     found = []
-    for path in sorted((root/'nbs'/floor).glob('[0-9][0-9]*_*.ipynb')):
+    for path in sorted((root/'nbs'/floor).glob('[0-9][0-9]_*.ipynb')):
         summary = re.search(r'^> (.+)$', read(path).cells[0].source, re.M)
-        found.append((f'{floor}/{path.name}', path.stem.split('_', 1)[1], summary[1].strip() if summary else ''))
+        found.append((f'{floor}/{path.name}', path.stem[3:], summary[1].strip() if summary else ''))
     return found
 
 

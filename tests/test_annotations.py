@@ -1,4 +1,4 @@
-"Edge cases of the official annotation files (the formats themselves are shown in nbs/data/13_annotations.ipynb)"
+"Edge cases of the official annotation files (the formats themselves are shown in nbs/data/16_annotations.ipynb)"
 import json
 import os
 

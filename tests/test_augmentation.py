@@ -1,4 +1,4 @@
-"Edge cases of the fine-tuning augmentation (the recipe itself is tested in nbs/data/06_augmentation.ipynb)"
+"Edge cases of the fine-tuning augmentation (the recipe itself is tested in nbs/data/08_augmentation.ipynb)"
 import pickle
 import random
 from functools import partial

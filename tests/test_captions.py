@@ -168,7 +168,8 @@ def test_media_are_mixed_in_proportion():
     assert all(30 < n < 75 for n in order.view(5, 250).sum(1).tolist()), 'not one after the other'
     assert not torch.equal(order, sampler.media_order(1))
     assert torch.equal(order, StepSampler([range(0, 8000), range(8000, 10000)], 8, epochs=1).media_order(0))
-    with pytest.raises(ValueError, match='2 processes x 3'): StepSampler([range(100)], 8, world_size=2, accumulate=3, epochs=1)
+    with pytest.raises(ValueError, match='2 processes x 3'):
+        StepSampler([range(100)], 8, world_size=2, accumulate=3, epochs=1)
     with pytest.raises(ValueError, match='expected 1 to 5, all samples of the smallest'):
         StepSampler([range(100), range(100, 105)], 8, epochs=1)
 
@@ -500,7 +501,8 @@ def test_images_need_no_ending(emoji, tmp_path):
     (tmp_path/'1_23').write_bytes((emoji/'images/train/train_000000.jpg').read_bytes())
     (tmp_path/'a.json').write_text(json.dumps([dict(image='1_23', caption='x'), dict(image='1_24', caption='y')]))
     found = build_corpora('image:a.json', tmp_path)
-    assert torch.equal(MediaDataset(found, 1, encode=encode)[0, 0]['video'], read_image(emoji/'images/train/train_000000.jpg'))
+    first = MediaDataset(found, 1, encode=encode)[0, 0]['video']
+    assert torch.equal(first, read_image(emoji/'images/train/train_000000.jpg'))
     assert len(found['image'][0]) == 1
 
 

@@ -1,6 +1,6 @@
 """Decoding real and broken files: one contract for every backend.
 
-The sampling rules and the transforms are tested in nbs/data/04_sampling.ipynb and nbs/data/05_transforms.ipynb."""
+The sampling rules and the transforms are tested in nbs/data/06_sampling.ipynb and nbs/data/07_transforms.ipynb."""
 import io
 import multiprocessing
 import pickle
