@@ -15,7 +15,7 @@ $(VENV)/.installed: settings.ini setup.py
 # The same, and what the tests and an editor of the notebooks need.
 $(VENV)/.installed-dev: settings.ini setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -e '.[notebooks,emoji,slurm,dev]'
+	$(BIN)/pip install --quiet -e '.[notebooks,emoji,slurm,remote,dev]'
 	touch $(VENV)/.installed $@
 
 install: $(VENV)/.installed
