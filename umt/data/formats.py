@@ -43,7 +43,8 @@ def row_format(
 ) -> Callable: # decorator of a reader, which stays as it is
     "Register a reader. `ValueError` if there is one of this name"
     def register(read):
-        if (use, name) in _FORMATS: raise ValueError(f'{use} format {name!r} is there already')
+        there = _FORMATS.get((use, name))
+        if there and there.read.__name__ != read.__name__: raise ValueError(f'{use} format {name!r} is there already')
         _FORMATS[use, name] = Format(use, name, read, layout, facts)
         return read
     return register
