@@ -298,7 +298,7 @@ def test_every_format_reads_the_same(tmp_path, name, text):
     manifest = read_manifest(tmp_path/name, first_id=100)
     assert [(manifest.name(i), int(manifest.labels[i])) for i in range(3)] == ROWS
     assert manifest.ids.tolist() == [100, 101, 102]
-    with manifest.file(2) as path: assert path == str(tmp_path/'e.mp4')
+    assert manifest.source(2).path == str(tmp_path/'e.mp4')
     if name == 'header.csv': assert manifest.columns['split'].to_pylist() == ['x', 'y', 'z']
 
 

@@ -339,8 +339,9 @@ def record_start(
 def record_readers(
     run: Path, # run directory, started
     readers: dict[str, int], # which backend has read how many samples so far
+    decoders: dict[str, str], # versions of the backends and their libraries
 ):
     "Add what decodes the samples to the newest start in `environment.json`."
     path = run / 'environment.json'
     *earlier, newest = read_json(path, list)
-    write_json(path, [*earlier, newest | {'read_by': dict(readers)}])
+    write_json(path, [*earlier, newest | {'read_by': dict(readers), 'decoders': decoders}])

@@ -22,6 +22,7 @@ from pyarrow import parquet
 
 from ..core.columns import Columns, constant, int64_values, mapped_place, number_names, shared_table
 from ..core.files import complete
+from ..core.stores import is_url
 from .shards import ShardIndex, ShardManifest, index_shards, shard_manifest
 from .rows import Layout, Rows, header_layout, json_rows, jsonl_rows, parquet_rows, sqlite_rows, text_rows
 from .tables import (
@@ -257,13 +258,14 @@ def _read_pairs(
 # %% ../../nbs/data/17_captions.ipynb #c1c00001
 def read_captions(
     # .json, .jsonl, .parquet, .csv, .tsv, SQLite (.db, .sqlite): rows of "image" or "video", and "caption";
-    # or a folder of shards
+    # or a folder of shards, or the URL of one
     file: str | Path,
     root: str | Path | None = None, # folder that the paths are relative to and may not leave; None: the file's
     medium: str | None = None, # 'image' or 'video', the name of the path's column; None: the one that is there
     first_id: int = 0, # sample id of the first medium; mixed corpora are numbered anew, see `share_ids`
 ) -> Manifest: # in the file's order; column 'caption': sentences or lists of them; rows of one medium have one id
     "Read and check captions. `ManifestError` lists every malformed row with its line"
+    if is_url(str(file)): return read_caption_shards(str(file), medium, first_id)
     file, kinds = Path(file), ('.json', '.jsonl', '.parquet', '.csv', '.tsv', '.db', '.sqlite')
     root, suffix = os.path.abspath(file.parent if root is None else root), file.suffix.lower()
     if medium not in (None, *MEDIA): raise ValueError(f'medium {medium!r}: expected one of {MEDIA}')

@@ -27,7 +27,7 @@ from .captions import MEDIA, caption_manifest, medium_path, one_array, read_capt
 from .formats import find_format
 from .rows import Rows
 from .shards import ShardManifest
-from .tables import DataError, Manifest, absolute_path, shared_manifest
+from .tables import DataError, Manifest, absolute_path, listed_name, shared_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -251,7 +251,7 @@ def _present(
     once = manifest.paths.take(pa.array(first)).to_pylist()
     paths = [os.path.split(absolute_path(manifest.root, medium_path(path, medium))) for path in once]
     names = {folder: listed(folder) for folder in {folder for folder, _ in paths}}
-    return np.array([name in names[folder] for folder, name in paths], bool)[codes]
+    return np.array([listed_name(name, names[folder]) is not None for folder, name in paths], bool)[codes]
 
 # %% ../../nbs/data/19_corpora.ipynb #59e51d57
 def build_corpora(

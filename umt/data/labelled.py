@@ -11,7 +11,6 @@ __all__ = ['TestClipsConfig', 'LabelledClipsConfig', 'ViewsConfig', 'LabelledLis
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 # %% ../../nbs/data/22_labelled.ipynb #1abe0004
@@ -20,7 +19,7 @@ from torch import Tensor
 # %% ../../nbs/data/22_labelled.ipynb #1abe0005
 from ..core.config import Config, FilePath, free, option, override
 from ..core.log import logger
-from .annotations import existing_clips, read_annotations
+from .annotations import existing_clips, find_list, read_annotations
 from .augmentation import AugmentConfig, crop_views, finetune_transform
 from .emoji_motion import is_emoji_motion
 from .media import LoaderConfig, MediaDataset
@@ -37,7 +36,7 @@ class TestClipsConfig(Config):
     layout: str | None = None # of the clips' paths in an official format, see `umt.data.annotations.read_annotations`
     classes: FilePath | None = None # class names in label order
     missing: Literal['error', 'drop'] | None = None # clips that are not there, or not decodable; None: error, and drop
-    val_list: FilePath = free('val.csv') # labelled clips of the test
+    val_list: FilePath = free('val.csv') # labelled clips of the test: a list, or a folder of shards
     num_classes: int | None = option(None, at_least=1) # labels are 0 .. num_classes - 1; None: as names or labels say
     num_frames: int = option(8, at_least=1) # frames per clip
     image_size: int = option(224, at_least=1) # crop, in pixels
@@ -45,7 +44,7 @@ class TestClipsConfig(Config):
 @dataclass(frozen=True, kw_only=True)
 class LabelledClipsConfig(TestClipsConfig):
     "Labelled clips for training and for the test after it."
-    train_list: FilePath = 'train.csv' # labelled clips to train on
+    train_list: FilePath = 'train.csv' # labelled clips to train on: a list, or a folder of shards
     train_clips: int | None = option(None, at_least=1) # of EmojiMotion's lists only so many, the first; None: all
     selection_list: FilePath | None = None # for evaluations on the way; None: the list of the test
     sampling: str = option('kinetics_sparse_train', was='train_sampling') # of training, see `umt.data.sampling`
@@ -76,9 +75,9 @@ def read_list(
     names: list[str] | None = None, # that labels count, if they are known from another list
 ) -> LabelledList:
     "Read a list. Raises `umt.data.tables.ManifestError` for malformed rows, FileNotFoundError listing missing clips."
-    path, classes = Path(clips.root)/file, Path(clips.root)/clips.classes if clips.classes else names
-    for needed in (path, *([classes] if clips.classes else [])):
-        if not needed.is_file(): raise FileNotFoundError(f'{needed}: no such file')
+    path, classes = find_list(clips.root, file), names
+    if clips.classes: classes = find_list(clips.root, clips.classes)
+    if classes is None and clips.annotations == 'list': classes = 'sorted' # should labels be names
     every, names = read_annotations(clips.annotations, path, clips.root, classes, clips.layout)
     manifest, lost = existing_clips(every)
     if lost and (clips.missing != 'drop' or not len(manifest)):

@@ -16,7 +16,6 @@ import tarfile
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from pyarrow import parquet
 
 # %% ../../nbs/data/14_shards.ipynb #15641c2f
 from .samples import MOVING_IMAGES, ShardMember, medium_suffix, shard_members
+from ..core.columns import one_of_node
 from ..core.stores import is_url, list_files, local_or_url, open_file, read_file, read_stretch, write_file
 from ..core.tars import DamagedTar, add_member
 from .containers import Limits, Source, UnreadableVideo
@@ -186,6 +186,21 @@ def _stored_index(
     except Exception as e: # whatever a damaged file brings about: the shards say it all again
         logger.warning('%s: the index of the shards is damaged and made anew (%s)', folder, e)
 
+def _make_index(
+    folder: str, # of the shards
+    shards: list[tuple[str, int, int]], # of `_shards_of`
+) -> ShardIndex:
+    "Look into all shards, and keep what was found beside them"
+    with ThreadPoolExecutor(min(32, 4 * os.cpu_count())) as pool:
+        index = _joined(list(pool.map(partial(_index_shard, folder), shards)))
+    about = json.dumps({'shards': shards, 'faults': index.faults})
+    data = io.BytesIO()
+    parquet.write_table(index.table.replace_schema_metadata({'umt.shards': about}), data, compression='zstd')
+    try: write_file(folder, _INDEX, data.getbuffer())
+    except Exception as e: # a store has errors of its own kind
+        logger.warning('%s: the index of the shards cannot be kept (%s)', folder, e)
+    return index
+
 def index_shards(
     folder: str | Path, # of `*.tar`, here or as a URL
     medium: str | None = None, # that is wanted: 'video', 'image'; None: any
@@ -195,14 +210,7 @@ def index_shards(
     shards = _shards_of(folder)
     index = _stored_index(folder, shards)
     if index is None:
-        with ThreadPoolExecutor(min(32, 4 * os.cpu_count())) as pool:
-            index = _joined(list(pool.map(partial(_index_shard, folder), shards)))
-        about = json.dumps({'shards': shards, 'faults': index.faults})
-        data = io.BytesIO()
-        parquet.write_table(index.table.replace_schema_metadata({'umt.shards': about}), data, compression='zstd')
-        try: write_file(folder, _INDEX, data.getbuffer())
-        except Exception as e: # a store has errors of its own kind
-            logger.warning('%s: the index of the shards cannot be kept (%s)', folder, e)
+        with one_of_node(folder): index = _stored_index(folder, shards) or _make_index(folder, shards)
     notes = {'left': 'members left out, they belong to no medium', 'mixed': 'fields of mixed types, kept as text'}
     for kind, what in notes.items():
         if found := index.faults.get(kind): logger.warning('%s: %s:\n  %s', folder, what, '\n  '.join(found))
@@ -238,14 +246,6 @@ class ShardManifest(Manifest):
     offsets: np.ndarray # int64, where the clip begins in its shard
     sizes: np.ndarray # int64, bytes
     frames: pa.Array | None = None # large_list of offset, size, offset, ...; null for a clip that is not JPEG frames
-
-    @contextmanager
-    def file(self, index: int):
-        "Context: a temporary copy of clip `index`"
-        with tempfile.NamedTemporaryFile(suffix=Path(self.name(index)).suffix) as copy:
-            copy.write(self.read(index))
-            copy.flush()
-            yield copy.name
 
     def source(self, index: int) -> Source:
         "Where clip `index` lies in its shard; from another store, its bytes"

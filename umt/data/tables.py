@@ -12,7 +12,6 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -50,11 +49,6 @@ class Manifest:
     def name(self, index: int) -> str:
         "The path of clip `index`, as it is in the list"
         return self.paths[index].as_py()
-
-    @contextmanager
-    def file(self, index: int):
-        "Context: a path where clip `index` can be read. `LinkError`, a `VideoError`, if a link leads out of the root"
-        yield resolve(self.root, self.name(index))
 
     def source(self, index: int) -> Source:
         "Where clip `index` lies. `LinkError`, a `VideoError`, if a link leads out of the root"

@@ -46,6 +46,11 @@ class VideoReader:
     @property
     def how(self) -> str: return self._reader.how # what reads it: 'pyav, by key frame', 'pyav, in order', ...
 
+    @property
+    def kind(self) -> str: # codec and container: 'h264 in mov'
+        media = getattr(self._reader, 'media', None)
+        return f'{media.codec} in {media.format}' if media else 'frames'
+
     def times(self) -> np.ndarray: # float64 [length], seconds since the first shown frame
         return self._reader.times()
 

@@ -40,7 +40,7 @@ def decode(
     with VideoReader(source, backend, length=length, limits=limits) as reader:
         frames = range(reader.length) if span is None else within(reader, span)
         wanted = np.asarray(ask(len(frames)))
-        return reader.read(wanted + frames.start), reader.how
+        return reader.read(wanted + frames.start), f'{reader.kind}: {reader.how}'
 
 # %% ../../nbs/data/04_watching.ipynb #wa7c0018
 CALLERS_ERRORS = {e.__name__: e for e in (ValueError, IndexError, ModuleNotFoundError)} # not the clip's fault

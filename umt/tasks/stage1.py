@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 # %% ../../nbs/tasks/02_stage1.ipynb #4c2d0f85
@@ -23,10 +22,10 @@ from torch import Tensor, nn
 from ..core.config import Config, FilePath, free, option, override
 from ..core.ledger import a100_hours, count_flops, count_parameters
 from ..core.seeds import seeded
+from ..data.annotations import find_list, read_annotations
 from ..data.emoji_motion import emoji_motion_missing, make_emoji_motion
 from ..data.media import MediaDataset
 from ..data.sampling import check_sampling
-from ..data.tables import read_manifest
 from ..data.transforms import denormalize, normalize_video, pretrain_transform
 from ..models.backbone import compile_blocks
 from ..models.masking import MaskConfig, num_visible, visible_at
@@ -43,7 +42,7 @@ from ..training.session import Evaluator, TrainConfig
 class ClipsConfig(Config):
     "Clips without labels."
     root: str = free('.', was='data_root') # folder that the lists' paths are relative to
-    train_list: FilePath = 'train.csv' # in the root (or absolute): `path label` lines, CSV, JSON, JSONL or Parquet
+    train_list: FilePath = 'train.csv' # in the root (or absolute): a list of any form, or a folder of shards
     val_list: FilePath | None = None # clips for the evaluations on the way
     emoji_clips: int = option(0, at_least=0) # > 0, with EmojiMotion's lists: first generate so many training clips
     num_frames: int = option(8, at_least=1) # frames per clip
@@ -117,9 +116,9 @@ class Stage1Data(NamedTuple):
 def read_clips(
     config: Stage1Config, # of the run
 ) -> Stage1Data:
-    "Read the lists. Raises as `read_manifest`, and ValueError for a batch that is larger than the list."
+    "Read the lists. Raises as `read_annotations`, and ValueError for a batch that is larger than the list."
     clips, frames, size = config.data, config.data.num_frames, config.data.image_size
-    def manifest(name): return read_manifest(Path(clips.root)/name, root=clips.root)
+    def manifest(name): return read_annotations('list', find_list(clips.root, name), clips.root, 'sorted')[0]
     transform, still = (pretrain_transform(size, flip=flip, normalize=False) for flip in (clips.flip, False))
     train = MediaDataset(
         manifest(clips.train_list), frames, clips.sampling, transform, config.seed,

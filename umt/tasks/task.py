@@ -136,14 +136,15 @@ def load_start(
 
 # %% ../../nbs/tasks/00_task.ipynb #9d3e000d
 def find_file(
-    name: str, # that a config gives: a file, or a run's folder, which stands for its weights
+    name: str, # that a config gives: a file, a folder of shards, or a run's folder, which stands for its weights
     roots: Iterable[str | Path] = ('.',), # where it is looked for, in this order
 ) -> Path | None: # absolute; None if there is no such file
     "The file that an option names."
     for root in roots:
         path = Path(root)/name
-        file = path/'model.safetensors' if path.is_dir() else path
-        if file.is_file(): return file.resolve()
+        shards = path.is_dir() and any(path.glob('*.tar'))
+        file = path/'model.safetensors' if path.is_dir() and not shards else path
+        if shards or file.is_file(): return file.resolve()
 
 def input_files(
     config: Config, # whose declared types say which options name files; of its section `data` also `root` and `files`
@@ -159,7 +160,10 @@ def input_hashes(
     config: Config, # see `input_files`
 ) -> dict[str, str]: # name -> hash
     "The content of the files that a config names."
-    return {name: file_hash(file) for name, file in input_files(config).items()} | {'numerics': str(NUMERICS)}
+    def content(file): # of shards: names and sizes, since reading terabytes takes hours
+        if file.is_file(): return file_hash(file)
+        return json_hash(sorted((shard.name, shard.stat().st_size) for shard in file.glob('*.tar')))
+    return {name: content(file) for name, file in input_files(config).items()} | {'numerics': str(NUMERICS)}
 
 # %% ../../nbs/tasks/00_task.ipynb #9d3e000f
 def keep_config(

@@ -30,6 +30,7 @@ from ..core.log import is_main_process, logger
 from ..core.runs import CheckpointError, lock_run, open_run, record_readers
 from ..core.seeds import sample_key
 from ..core.signals import Preempted, stop_signals
+from ..data.decoders import describe_backends
 from ..data.media import collate
 from ..models.backbone import compile_blocks
 from .distributed import COMPUTE_DTYPE, flat_state, start_accelerator, unshared
@@ -67,7 +68,8 @@ def catch_up(
     s.quarantine.update(gather_object(s.feed.failures))
     s.feed.failures = []
     readers = sum(gather_object([s.feed.read_by]), Counter())
-    if s.accelerator.is_main_process and readers.keys() - s.readers.keys(): record_readers(s.run, readers)
+    if s.accelerator.is_main_process and readers.keys() - s.readers.keys():
+        record_readers(s.run, readers, describe_backends())
     s.readers = readers
 
 # %% ../../nbs/training/04_loop.ipynb #287b48bf
