@@ -76,9 +76,8 @@ class MediaRows:
     def __len__(self): return int(self.ends[-1])
 
     @property
-    def manifest(self) -> Manifest: # where there is but one table
-        table, = self.corpora
-        return table
+    def manifest(self) -> Manifest: # the first table, where there is but one
+        return self.corpora[0]
 
     def place(self, index: int) -> tuple[str, Manifest, int]: # medium, table, row in it
         "Where a row is"
@@ -126,8 +125,7 @@ def listed_length(
     row: int, # in it
 ) -> int | None: # number of frames; None: the list does not say it
     "What the column `num_frames` says, a number or its text"
-    if 'num_frames' not in manifest.columns: return None
-    said = str(manifest.columns['num_frames'][row].as_py() or '')
+    said = str(manifest.columns['num_frames'][row].as_py() or '') if 'num_frames' in manifest.columns else ''
     return int(said) if said.isdecimal() and int(said) else None
 
 def read_medium(
