@@ -371,6 +371,7 @@ def make_all(folder):
 
 def shared(folder):
     "The files, made by the first process that asks, and what ffmpeg shows of each"
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f'{folder}.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         truth = folder/'truth.json'

@@ -137,6 +137,29 @@ def test_truncated_is_read_as_far_as_it_goes(kind):
     assert torch.equal(found[:, :, begin], expected[:, :, begin]) and not torch.equal(found, expected)
 
 
+@pytest.mark.parametrize('kind', ['PNG', 'TIFF', 'BMP'])
+def test_an_image_without_a_single_pixel_is_not_black(kind):
+    "Cut off before the pixels begin: refused. An image that is black is one"
+    black = saved(Image.new('RGB', (SIDE, SIDE)), kind)
+    assert not read_image(black).any()
+    begin = {'PNG': black.index(b'IDAT') + 8 if kind == 'PNG' else 0, 'TIFF': len(black) - SIDE*SIDE*3, 'BMP': 54}[kind]
+    with pytest.raises(ImageError): read_image(black[:begin])
+
+
+def test_rubbish_around():
+    "What follows an image (the film of a phone's live picture, an archive) does not count; in front of it, it is none"
+    for kind in ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP'):
+        content = saved(picture(), kind)
+        expected = read_image(content)
+        for tail in (bytes(10_000), b'PK\3\4'*100, b'\0\0\0\x18ftypmp42'*10, b'<html></html>'):
+            assert torch.equal(read_image(content + tail), expected)
+        for head in (b'\xef\xbb\xbf', b'\r\n', b'HTTP/1.1 200 OK\r\n\r\n'):
+            with pytest.raises(ImageError): read_image(head + content)
+    for content in (b'<!DOCTYPE html><html>404</html>', b'version https://git-lfs.github.com/spec/v1\noid', bytes(1000),
+                    b'\0\0\0\x18ftypheic\0\0\0\0mif1heic' + bytes(100), saved(picture()).replace(b'\r\n', b'\n')):
+        with pytest.raises(ImageError): read_image(content)
+
+
 def test_numbers_of_which_none_is_white_are_refused():
     for dtype, kind in ((np.float32, 'floating-point'), (np.int32, '32-bit')):
         with pytest.raises(ImageError, match=f'x: its pixels are {kind} numbers'):

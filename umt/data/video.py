@@ -15,7 +15,7 @@ import numpy as np
 
 from .containers import (
     BackendRefused, EmptyVideo, LinkError, Limits, MissingVideo, NoVideoStream, Source, TruncatedVideo,
-    UnreadableVideo, VideoError, as_source)
+    UnreadableVideo, VideoError, as_source, typed)
 from .decoders import BACKENDS, JpegDecoder, describe_backends
 from .index import VideoInfo, probe
 
@@ -39,8 +39,9 @@ class VideoReader:
     ):
         if backend not in BACKENDS: raise ValueError(f'backend {backend!r}: expected one of {list(BACKENDS)}')
         self.source = as_source(source)
-        if self.source.frames: self._reader = JpegDecoder(self.source, limits)
-        else: self._reader = BACKENDS[backend](self.source, num_threads, length, limits)
+        with typed(self.source, 'cannot be read'):
+            if self.source.frames: self._reader = JpegDecoder(self.source, limits)
+            else: self._reader = BACKENDS[backend](self.source, num_threads, length, limits)
 
     @property
     def length(self) -> int: return self._reader.length # frames that FFmpeg shows
@@ -53,7 +54,8 @@ class VideoReader:
         media = getattr(self._reader, 'media', None)
         return f'{media.codec} in {media.format}' if media else 'frames'
 
-    def times(self) -> np.ndarray: return self._reader.times() # float64 [length], seconds since the first shown frame
+    def times(self) -> np.ndarray: # float64 [length], seconds since the first shown frame
+        with typed(self.source, 'cannot be read'): return self._reader.times()
 
     def read(self,
         indices: list[int] | np.ndarray, # frame numbers, in any order, with repeats if need be
@@ -65,9 +67,10 @@ class VideoReader:
         if indices.min() < 0 or indices.max() >= self.length:
             found = f'{indices.min()}..{indices.max()} of a video with {self.length} frames'
             raise IndexError(f'{self.source}: indices {found}')
-        unique, inverse = np.unique(indices, return_inverse=True)
-        frames = self._reader.read(unique.tolist())
-        return frames if np.array_equal(unique, indices) else frames[inverse]
+        with typed(self.source, 'cannot be read'): # memory, or a file server, may fail at any place
+            unique, inverse = np.unique(indices, return_inverse=True)
+            frames = self._reader.read(unique.tolist())
+            return frames if np.array_equal(unique, indices) else frames[inverse]
 
     def close(self): self._reader.close()
     def __enter__(self): return self

@@ -68,7 +68,9 @@ def answer(
     watch(request['seconds'])
     try: frames, how = decode(source, ask, *options)
     except _NotWanted: return
-    except VideoError as e: return send(answers, {'error': type(e).__name__, 'reason': e.reason})
+    except VideoError as e:
+        kind = 'MemoryError' if isinstance(e.__cause__, MemoryError) else type(e).__name__
+        return send(answers, {'error': kind, 'reason': e.reason})
     except MemoryError: return send(answers, {'error': 'MemoryError'})
     except tuple(CALLERS_ERRORS.values()) as e: return send(answers, {'error': type(e).__name__, 'reason': str(e)})
     except Exception as e:
