@@ -146,8 +146,8 @@ def test_a_task_that_hangs_or_kills_costs_itself_alone():
     sleeps = each_in_a_process(time.sleep, [0, 100, 0, -1, 0], 2, 1.)
     assert [o.error for o in sleeps] == ['', 'DecoderTimeout', '', 'ValueError', '']
     deaths = list(each_in_a_process(os._exit, [3, 4], 2, 60.))
-    assert [(o.error, o.reason) for o in deaths] == [('DecoderCrash', 'the process ended (3)'),
-                                                     ('DecoderCrash', 'the process ended (4)')]
+    assert [(o.error, o.reason) for o in deaths] == [('DecoderCrash', 'the process ended with code 3'),
+                                                     ('DecoderCrash', 'the process ended with code 4')]
     assert list(each_in_a_process(time.sleep, [], 2, 1.)) == []
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'HEADER_BYTES', 'START_SECONDS', 'Gone', 'Late', 'Nonsense', 'send', 'receive', 'limit_memory', 'depend_on',
-           'own_pipes', 'close_pipes', 'Child', 'signal_name', 'ended_by', 'start_child']
+           'own_pipes', 'close_pipes', 'Conversation', 'Child', 'signal_name', 'ended_by', 'start_child']
 
 # %% ../../nbs/core/13_children.ipynb #ch1d0004
 import ctypes
@@ -125,8 +125,48 @@ def close_pipes(
     "Closes this process's ends"
     for pipe in (process.stdin, process.stdout, process.stderr): pipe.close()
 
+# %% ../../nbs/core/13_children.ipynb #hm130001
+class Conversation:
+    "With a child, in messages, until a deadline"
+    def __init__(self,
+        process: subprocess.Popen, # with three pipes
+    ):
+        self.process, self.deadline = process, 0. # of `time.monotonic`
+        self.printed, self.silent = b'', False # the end of what it prints; has it closed that pipe?
+
+    def look(self,
+        descriptor: int, # of a pipe
+        event: int, # what it is needed for, as `select.poll` calls it
+        seconds: float, # at most; 0: now or not
+    ) -> bool: # can it be used?
+        "Waits until the pipe can be used, or the child prints, of which the end is kept"
+        poll, errors = select.poll(), self.process.stderr.fileno()
+        poll.register(descriptor, event)
+        if not self.silent: poll.register(errors, select.POLLIN)
+        ready = [number for number, _ in poll.poll(seconds*1000)]
+        if errors in ready:
+            text = os.read(errors, 2**16)
+            self.printed, self.silent = (self.printed + text)[-2000:], not text
+        return descriptor in ready
+
+    def wait(self, descriptor: int, event: int):
+        "Returns when a pipe can be used; `Late` after the deadline"
+        left = 1.
+        while left:
+            left = max(self.deadline - time.monotonic(), 0)
+            if self.look(descriptor, event, left): return
+        raise Late
+
+    def send(self, header: dict, content=b''):
+        "As `send`, until the deadline"
+        send(self.process.stdin.fileno(), header, content, self.wait)
+
+    def receive(self, *room):
+        "As `receive`, until the deadline"
+        return receive(self.process.stdout.fileno(), *room, wait=self.wait)
+
 # %% ../../nbs/core/13_children.ipynb #wa7c0043
-class Child:
+class Child(Conversation):
     "A process that answers messages; it ends when this object does"
     def __init__(self,
         program: str, # Python code that makes a function `serve(parent, by_main_thread, *arguments)`
@@ -136,38 +176,16 @@ class Child:
         start = f'serve({os.getpid()}, {by_main_thread}, *{arguments!r})'
         code = f'import sys\nsys.path[:] = {sys.path!r}\n{program}\n{start}'
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, '-c', code], bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True,
             env=os.environ | dict.fromkeys(['OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'], '1'))
-        self.end = util.Finalize(self, _end, [self.process], exitpriority=10) # also at the end of a loader's worker
-        self.printed, self.deadline, self.busy, self.asked = b'', 0., False, False
-        os.set_blocking(self.process.stdin.fileno(), False)
+        self.end = util.Finalize(self, _end, [process], exitpriority=10) # also at the end of a loader's worker
+        super().__init__(process)
+        self.busy, self.asked = False, False
+        os.set_blocking(process.stdin.fileno(), False)
         with suppress(ImportError, AttributeError, OSError): # fewer, larger pieces; not everywhere
             import fcntl
-            fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, 2**20)
-
-    def wait(self, descriptor: int, event: int):
-        "Returns when a pipe can be used; `Late` after the deadline. Keeps the end of what the child prints"
-        poll, errors = select.poll(), self.process.stderr.fileno()
-        poll.register(descriptor, event)
-        poll.register(errors, select.POLLIN)
-        while True:
-            left = max(self.deadline - time.monotonic(), 0)
-            ready = [number for number, _ in poll.poll(left*1000)]
-            if errors in ready:
-                text = os.read(errors, 2**16)
-                self.printed = (self.printed + text)[-2000:]
-                if not text: poll.unregister(errors)
-            if descriptor in ready: return
-            if not left: raise Late
-
-    def send(self, header: dict, content=b''):
-        "As `send`, until the deadline"
-        send(self.process.stdin.fileno(), header, content, self.wait)
-
-    def receive(self, *room):
-        "As `receive`, until the deadline"
-        return receive(self.process.stdout.fileno(), *room, wait=self.wait)
+            fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 2**20)
 
 # %% ../../nbs/core/13_children.ipynb #wa7c0021
 def signal_name(number: int) -> str:

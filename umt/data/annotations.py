@@ -240,6 +240,7 @@ def _plain_list(
     manifest = read_manifest(file, root, first_id=first_id, classes=names or classes)
     return manifest, names or (manifest.classes and list(manifest.classes))
 
+# %% ../../nbs/data/16_annotations.ipynb #a90e0001
 def find_list(
     root: str | Path, # folder of a run's data
     name: str, # of a list or of a folder of shards in it; absolute; or the URL of such a folder
@@ -250,6 +251,7 @@ def find_list(
     if not path.exists(): raise FileNotFoundError(f'{path}: no such file')
     return path
 
+# %% ../../nbs/data/16_annotations.ipynb #a90e0002
 def read_annotations(
     kind: str, # of `ANNOTATION_FORMATS`: 'list', 'kinetics', 'ssv2' or 'mit'
     file: str | Path, # annotations, as published; of a 'list' also a folder of shards, or its URL

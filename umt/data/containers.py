@@ -147,15 +147,18 @@ class MediaFile:
 
 # %% ../../nbs/data/00_containers.ipynb #89f76362
 FORMATS = ('mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,gif,apng,ogg,h264,hevc,vvc,m4v,h263,obu,av1,ivf,mjpeg,dv,'
-           'nut,mxf,rm,wtv,gxf,dirac,dhav,yuv4mpegpipe')
+           'nut,mxf,rm,wtv,gxf,dirac,dhav,yuv4mpegpipe,h261')
+
+def _max_pixels(limits):
+    "FFmpeg's own guard. Decoders hold it against sizes that are rounded up: `check_size` draws the exact line"
+    return {'max_pixels': str(2*limits.frame_pixels + 2**18)}
 
 def open_container(
     file: MediaFile,
 ): # PyAV's InputContainer
     "FFmpeg's view of the bytes: an allowed container, and no other file, address or device"
     limited = {'format_whitelist': FORMATS, 'protocol_whitelist': 'fd,subfile'}
-    frames = {'max_pixels': str(file.limits.frame_pixels)}
-    common = dict(metadata_errors='replace', options=frames) # titles need not be UTF-8
+    common = dict(metadata_errors='replace', options=_max_pixels(file.limits)) # titles need not be UTF-8
     try:
         with typed(file.source, 'cannot be opened as a video'):
             content = file.source.content
@@ -170,9 +173,13 @@ def open_container(
 
 # %% ../../nbs/data/00_containers.ipynb #2df70781
 def _main_stream(container, source):
-    "The first stream of moving pictures that FFmpeg can decode"
+    "The stream of moving pictures that `ffmpeg` shows: marked as default, then the largest, then the first"
+    def rank(stream):
+        context = stream.codec_context
+        default = stream.disposition & av.stream.Disposition.default
+        return context is not None, 5_000_000*bool(default) + context.width*context.height if context else 0
     cover = av.stream.Disposition.attached_pic # the picture of a song's album is no video
-    stream = next((s for s in container.streams.video if not s.disposition & cover), None)
+    stream = max((s for s in container.streams.video if not s.disposition & cover), key=rank, default=None)
     if stream is None:
         raise NoVideoStream(source, f'no video among its streams {[s.type for s in container.streams]}')
     if stream.codec_context is None: raise UnreadableVideo(source, 'FFmpeg does not know its codec')
@@ -203,7 +210,7 @@ class Media:
         self.codec = self.stream.codec.canonical_name # av1 rather than libdav1d
         check_size(self.source, context.width, context.height, self.limits)
         context.thread_count = self.num_threads
-        context.options = {'max_pixels': str(self.limits.frame_pixels)}
+        context.options = _max_pixels(self.limits)
 
     def start(self):
         "At the first packet. `stream` may be another object afterwards: that of a closed container must not be used"
@@ -212,7 +219,11 @@ class Media:
     def packets(self):
         "Demuxes the video stream from where the container stands"
         self.fresh = False
-        return self.container.demux(self.stream)
+        for _ in range(1 + self.file.size//2**15): # FFmpeg pauses in long stretches that are no packets, such as zeros
+            try:
+                yield from self.container.demux(self.stream)
+                return
+            except av.error.BlockingIOError: pass
 
     def close(self):
         if self.container is not None: self.container.close()

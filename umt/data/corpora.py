@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 
 from ..core.config import did_you_mean
 from ..core.delimited import ManifestError
+from ..core.stores import is_url
 from .caption_formats import listed
 from .captions import MEDIA, caption_manifest, medium_path, one_array, read_captions, share_ids
 from .formats import find_format
@@ -171,9 +172,10 @@ class Corpus:
 
     def places(self,
         data_root: str | Path, # folder of data
-    ) -> tuple[Path, Path | None]: # file, and folder of the media (None: that of the file)
+    ) -> tuple[str | Path, Path | None]: # file or URL, and folder of the media (None: that of the file)
         "What is meant, where a name has a colon: the division whose file is there"
         whole = f'{self.file}:{self.root}' if self.root else self.file
+        if is_url(whole): return whole, None
         cuts = [i for i, letter in enumerate(whole) if letter == ':' and 0 < i < len(whole) - 1]
         for file, root in [(self.file, self.root), (whole, ''), *((whole[:i], whole[i + 1:]) for i in reversed(cuts))]:
             if Path(data_root, file).exists(): return Path(data_root, file), Path(data_root, root) if root else None

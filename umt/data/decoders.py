@@ -50,7 +50,7 @@ class _NotAsIndexed(Exception): "What comes out of the decoder is not what the i
 
 def _seek(media, index, k):
     "Goes to key frame `k`, or to one before it: its number, and the packets up to one that is shown after it"
-    by_dts, keys = index.evidence == 'index', index.keys
+    by_dts, keys = index.times is None, index.keys
     stamp = int(keys[k, 0])
     if by_dts: # MP4 seeks by the time of showing, which is not in its table: aim behind the time of decoding
         after = int(keys[k + 1, 0]) if k + 1 < len(keys) else stamp + 2**20
@@ -172,12 +172,14 @@ def _refusal(backend, media, index):
     if stream.codec_context.pix_fmt not in PLAIN: return f'pixels of format {stream.codec_context.pix_fmt}'
     if stream.codec_context.colorspace not in (1, 2, 5, 6) or stream.codec_context.color_range == 2:
         return 'its colours'
-    if index.evidence != 'packets': return 'frames that are only known by decoding'
+    if index.evidence != 'packets' or not index.sure: return 'frames that are only known by decoding'
     if index.hidden: return 'an edit list'
     if (index.keys[:, 2] != index.keys[:, 1]).any(): return 'open groups of pictures'
     if index.times[0] < 0 or index.times[-1] >= 2**31: return 'its time stamps'
     steps = np.diff(index.times)
     if len(steps) and steps.max() - steps.min() > 1: return 'a frame rate that varies'
+    cover = av.stream.Disposition.attached_pic
+    if sum(not s.disposition & cover for s in media.container.streams.video) > 1: return 'several video streams'
 
 class _Foreign:
     "A decoder of another project: named by the user, checked against the packets, refused where it is not proven"
@@ -194,12 +196,20 @@ class _Foreign:
             for found in (self.index.length, count):
                 if found == self.length: continue
                 raise UnreadableVideo(source, f'{name}: {found} frames, {self.length} expected')
+            self.first = next(decode_in_order(self.media))
+            if self.first.interlaced_frame: raise BackendRefused(source, f'{name}: its pictures are interlaced')
         except BaseException:
             self.close()
             raise
 
     @property
     def how(self): return self.name
+
+    def read(self, wanted):
+        pictures, frame = self.pictures(wanted), self.first
+        size = (frame.height, frame.width) if frame.rotation % 180 == 0 else (frame.width, frame.height)
+        if pictures.shape[1:3] == size: return pictures
+        raise BackendRefused(self.source, f'{self.name}: pictures of {pictures.shape[1:3]} instead of {size}')
 
     def times(self): return (self.index.times - self.index.times[0])*float(self.index.time_base)
     def close(self): self.media.close()
@@ -215,7 +225,7 @@ class DecordDecoder(_Foreign):
         except (decord.DECORDError, RuntimeError) as e: self._fail(e)
         return reader, len(reader)
 
-    def read(self, wanted):
+    def pictures(self, wanted):
         import decord
         try: return self.decoder.get_batch(wanted).asnumpy()
         except (decord.DECORDError, RuntimeError, IndexError) as e: self._fail(e)
@@ -234,7 +244,7 @@ class TorchCodecDecoder(_Foreign):
         except RuntimeError as e: raise ValueError(str(e).strip().splitlines()[0]) from e
         return decoder, len(decoder)
 
-    def read(self, wanted):
+    def pictures(self, wanted):
         try: return self.decoder.get_frames_at(wanted).data.numpy()
         except (RuntimeError, ValueError, IndexError) as e:
             raise UnreadableVideo(self.source, f'torchcodec: {str(e).strip().splitlines()[0]}') from e

@@ -156,14 +156,14 @@ def jpeg_frames(
 def make_clip(
     config: ShardsConfig, # what to make
     task: Source | VideoError, # a clip, or why there is none
-) -> tuple[list[tuple[str, bytes]], dict]: # members (suffix, content), what has changed
+) -> tuple[dict, list[bytes]]: # suffixes of the members, and what has changed; their contents
     "Re-encode a clip, or extract frames. `VideoError` if it is broken"
     if isinstance(task, VideoError): raise task
     if not config.frames:
         video, about = encode(task, config)
-        return [('mp4', video)], about
+        return {'suffixes': ['mp4'], 'about': about}, [video]
     images, about = jpeg_frames(task, config)
-    return [(f'f{i:04d}.jpg', image) for i, image in enumerate(images)], about
+    return {'suffixes': [f'f{i:04d}.jpg' for i in range(len(images))], 'about': about}, images
 
 # %% ../../nbs/data/24_packing.ipynb #ac0a000c
 class Clips(Sequence):
@@ -224,8 +224,8 @@ def _members(
         except FileNotFoundError: return 'MissingVideo', 'no such file'
     else:
         if outcome.error: return outcome.error, outcome.reason
-        members, changed = outcome.value
-        for suffix, content in members: add_member(tar, f'{key}.{suffix}', content)
+        suffixes, changed = outcome.value['suffixes'], outcome.value['about']
+        for suffix, content in zip(suffixes, outcome.pieces): add_member(tar, f'{key}.{suffix}', content)
         about |= {name: value for name, value in changed.items() if name in about or name.startswith('frame_')}
     add_json(tar, key, about)
     return '', ''
@@ -347,4 +347,3 @@ def main(
     print(said)
     if left_out: raise UsageError(f'umt shards: {left_out} clips were left out', 3)
 
-if __name__ == '__main__' and '__file__' in globals(): main()

@@ -202,14 +202,14 @@ def _make_index(
         logger.warning('%s: the index of the shards cannot be kept (%s)', folder, e)
     return index
 
+# %% ../../nbs/data/14_shards.ipynb #5a9d0017
 def index_shards(
     folder: str | Path, # of `*.tar`, here or as a URL
     medium: str | None = None, # that is wanted: 'video', 'image'; None: any
 ) -> ShardIndex: # in the order of the shards' names
     "What lies in the shards, from the index if it is of these very shards. `DataError` for a damaged shard"
     folder = local_or_url(folder)
-    shards = _shards_of(folder)
-    index = _stored_index(folder, shards)
+    index = _stored_index(folder, shards := _shards_of(folder))
     if index is None:
         with one_of_node(folder): index = _stored_index(folder, shards) or _make_index(folder, shards)
     for kind, what in {'left': 'members left out', 'mixed': 'fields of mixed types, kept as text'}.items():

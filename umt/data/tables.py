@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Manifest', 'DataError', 'absolute_path', 'listed_name', 'resolve', 'check_path', 'check_paths', 'check_row',
-           'make_manifest', 'manifest_of', 'read_manifest', 'shared_manifest']
+           'make_manifest', 'listed_length', 'manifest_of', 'read_manifest', 'shared_manifest']
 
 # %% ../../nbs/data/12_tables.ipynb #7463fc1d
 import json
@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from umt.core.columns import (
     Columns, check_labels, constant, int64_values, label_wrong, number_classes, packed, table_of, take_columns,
     unpacked)
-from .containers import LinkError, Source, UnreadableVideo
+from .containers import LinkError, Source, UnreadableVideo, VideoError
 from .rows import ManifestError, Rows, check_file, file_rows, row_blocks
 
 # %% ../../nbs/data/12_tables.ipynb #549c8814
@@ -227,6 +227,19 @@ def make_manifest(
     for name in columns: columns[name] = _column(file, name, [other.get(name) for other in others])
     ids = np.arange(first_id, first_id + len(paths))
     return Manifest(root, pa.array(paths, pa.large_string()), np.array(labels), ids, columns)
+
+# %% ../../nbs/data/12_tables.ipynb #hm120001
+def listed_length(
+    manifest: Manifest, # with clips
+    row: int, # in it
+) -> int | None: # number of frames; None: the list does not say it
+    "What the column `num_frames` says; 0 and less mean nothing. `VideoError` for what is no number"
+    said = manifest.columns['num_frames'][row].as_py() if 'num_frames' in manifest.columns else None
+    if said in (None, '') or said != said: return None # NaN, as pandas fills up a column
+    try: count = int(float(said))
+    except (ValueError, TypeError, OverflowError):
+        raise VideoError(manifest.name(row), f'num_frames {said!r:.100} in the list: expected a number') from None
+    return count if count > 0 else None
 
 # %% ../../nbs/data/12_tables.ipynb #t0b00013
 def _json_rows(

@@ -25,6 +25,9 @@ _all_ = ['BackendRefused', 'EmptyVideo', 'LinkError', 'MissingVideo', 'NoVideoSt
          'UnreadableVideo', 'Source', 'Limits', 'VideoInfo', 'probe', 'BACKENDS', 'describe_backends'] # all from here
 
 # %% ../../nbs/data/03_video.ipynb #2595aa39
+#| export
+
+# %% ../../nbs/data/03_video.ipynb #v1de0a01
 class VideoReader:
     "One open video. A context manager; `read` may be called again and again"
     def __init__(self,
@@ -36,9 +39,8 @@ class VideoReader:
     ):
         if backend not in BACKENDS: raise ValueError(f'backend {backend!r}: expected one of {list(BACKENDS)}')
         self.source = as_source(source)
-        jpegs = bool(self.source.frames)
-        self._reader = JpegDecoder(self.source, limits) if jpegs else BACKENDS[backend](
-            self.source, num_threads, length, limits)
+        if self.source.frames: self._reader = JpegDecoder(self.source, limits)
+        else: self._reader = BACKENDS[backend](self.source, num_threads, length, limits)
 
     @property
     def length(self) -> int: return self._reader.length # frames that FFmpeg shows
@@ -51,8 +53,7 @@ class VideoReader:
         media = getattr(self._reader, 'media', None)
         return f'{media.codec} in {media.format}' if media else 'frames'
 
-    def times(self) -> np.ndarray: # float64 [length], seconds since the first shown frame
-        return self._reader.times()
+    def times(self) -> np.ndarray: return self._reader.times() # float64 [length], seconds since the first shown frame
 
     def read(self,
         indices: list[int] | np.ndarray, # frame numbers, in any order, with repeats if need be
