@@ -13,6 +13,8 @@ from PIL import Image
 
 from umt.data import decoders, index, video
 from umt.data.containers import EmptyVideo, Limits, MissingVideo, Source, TruncatedVideo, VideoError
+from umt.data.media import MediaDataset
+from umt.data.tables import read_manifest
 from umt.data.transforms import pretrain_transform
 from umt.data.video import probe, read_frames
 
@@ -681,6 +683,29 @@ def test_a_hole_that_swallows_fragments(media, tmp_path):
     content, path = (media[0]/'h264_fragmented.mp4').read_bytes(), tmp_path/'hole.mp4'
     path.write_bytes(content[:len(content)//3] + bytes(2048) + content[len(content)//3 + 2048:])
     assert_refused(path, kind=TruncatedVideo)
+
+
+# ---- in a data set
+
+def test_odd_files_in_a_data_set(media, tmp_path):
+    "What can be read is; the others are replaced and named, and none ends the run"
+    whole, broken = (media[0]/'h264.mp4').read_bytes(), {}
+    for file in ('h264.avi', 'mpeg4_b.avi', 'h264_33.ts', 'vp9.webm', 'gif.gif', 'h264_two_edits.mp4'):
+        (tmp_path/file).write_bytes((media[0]/file).read_bytes())
+    broken['sizes.mkv'] = (media[0]/'h264_sizes.mkv').read_bytes()
+    broken['list.mp4'] = b"ffconcat version 1.0\nfile 'gif.gif'\n"
+    broken['empty.mp4'], broken['zeros.mp4'] = b'', bytes(10_000)
+    broken['edits.mp4'] = with_edit_list(whole, EDITS['only_empty'])
+    broken['no_moov.mp4'] = box_named(whole, [b'moov'], b'junk')
+    for name, content in broken.items(): (tmp_path/name).write_bytes(content)
+    (tmp_path/'loop.mp4').symlink_to('loop.mp4')
+    os.mkfifo(tmp_path/'fifo.mp4')
+    names = sorted(path.name for path in tmp_path.iterdir())
+    (tmp_path/'list.csv').write_text('path,label\n' + ''.join(f'{name},0\n' for name in names))
+    manifest = read_manifest(tmp_path/'list.csv', root=tmp_path)
+    clips = MediaDataset(manifest, 4, transform=pretrain_transform(32), tries=len(names))
+    listed = {path for i in range(len(names)) for _, path, _ in clips[0, i]['failures']}
+    assert listed == {*broken, 'loop.mp4', 'fifo.mp4'}
 
 
 # ---- cut off

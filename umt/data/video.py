@@ -25,9 +25,6 @@ _all_ = ['BackendRefused', 'EmptyVideo', 'LinkError', 'MissingVideo', 'NoVideoSt
          'UnreadableVideo', 'Source', 'Limits', 'VideoInfo', 'probe', 'BACKENDS', 'describe_backends'] # all from here
 
 # %% ../../nbs/data/03_video.ipynb #2595aa39
-#| export
-
-# %% ../../nbs/data/03_video.ipynb #v1de0a01
 class VideoReader:
     "One open video. A context manager; `read` may be called again and again"
     def __init__(self,
