@@ -49,10 +49,8 @@ class VideoReader:
 
     @property
     def length(self) -> int: return self._reader.length # frames that FFmpeg shows
-
     @property
     def how(self) -> str: return self._reader.how # what reads it: 'pyav, by key frame', 'pyav, in order', ...
-
     @property
     def kind(self) -> str: return kind_of(self._reader) # codec and container: 'h264 in mov'
 
@@ -69,9 +67,10 @@ class VideoReader:
         if indices.min() < 0 or indices.max() >= self.length:
             found = f'{indices.min()}..{indices.max()} of a video with {self.length} frames'
             raise IndexError(f'{self.source}: indices {found}')
-        unique, inverse = np.unique(indices, return_inverse=True)
-        with typed(self.source, 'cannot be read'): frames = self._reader.read(unique.tolist()) # memory may run out
-        return frames if np.array_equal(unique, indices) else frames[inverse]
+        with typed(self.source, 'cannot be read'): # memory, or a file server, may fail at any place
+            unique, inverse = np.unique(indices, return_inverse=True)
+            frames = self._reader.read(unique.tolist())
+            return frames if np.array_equal(unique, indices) else frames[inverse]
 
     def close(self): self._reader.close()
     def __enter__(self): return self
