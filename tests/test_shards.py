@@ -86,7 +86,8 @@ def test_dots_in_captioned_names(tmp_path):
     ([('0.mp4', b'x'), ('0.webm', b'y')], '0.mp4 and 0.webm'),
     ([('0.mp4', b'x'), ('0.mp4', b'y')], '0.mp4 is there twice'),
     ([('0.left.mp4', b'x'), ('0.right.mp4', b'y'), ('0.cls', '1')], '0.left.mp4 and 0.right.mp4'),
-    ([('0.mp4', b'x'), ('0.JSON', '{}'), ('0.json', '{')], '0.json: not JSON'),
+    ([('0.mp4', b'x'), ('0.json', '{')], '0.json: not JSON'),
+    ([('0.mp4', b'x'), ('0.JSON', '{}'), ('0.json', '{}')], '0.json is there in another spelling'),
 ])
 def test_two_of_one_key(tmp_path, members, found):
     pack(tmp_path/'0.tar', *members)

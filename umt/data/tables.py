@@ -131,6 +131,16 @@ def resolve(
     raise LinkError(full, f'a link to {real!r}, outside the root {root!r}; give the root that holds both')
 
 # %% ../../nbs/data/12_tables.ipynb #t0b00010
+_MEDIA = r'\.(?:mp4|webm|mkv|avi|mov|m4v|mpe?g|wmv|flv|3gp|ts|gif|jpe?g|png|webp|bmp|tiff?)'
+_ODDITIES = {'comment': 'it begins like a comment', 'quote': 'a quote at its end', 'address': 'an address or a drive',
+             'space': 'white space around it, or a character that cannot be seen', 'more': 'more fields than expected'}
+_ODD = re.compile('(?P<comment>^#)|(?P<quote>^["\']|["\']$)|(?P<address>^[A-Za-z][\\w+.-]*:/)|'
+                  '(?P<space>^\\s|\\s$|[\0-\x1f\x7f\x85\u200b\u2028\u2029\ufeff])|'
+                  '(?P<more>(?i:%s)(?:[,;|]|\\s(?!.*%s$)))' % ((_MEDIA,) * 2))
+_SUSPECT = (r'^$|^[/.#"\'\s]|[/"\'\s]$|(^|/)\.\.(/|$)|\\'
+            r'|[\x00-\x1f\x7f\x{85}\x{200B}\x{2028}\x{2029}\x{FEFF}\x{FFFD}]'
+            rf'|^[A-Za-z][\w+.-]*:/|(?i:{_MEDIA})[\s,;|]')
+
 def check_path(
     root: str, # of the data set
     path: object, # of a row
@@ -147,21 +157,15 @@ def check_path(
     if odd and not any(map(os.path.lexists, (full, os.path.join(root, path)))):
         raise ValueError(f'{name} {path!r}: {_ODDITIES[odd.lastgroup]}, and there is no file of this name')
 
-_MEDIA = r'\.(?:mp4|webm|mkv|avi|mov|m4v|mpe?g|wmv|flv|3gp|ts|gif|jpe?g|png|webp|bmp|tiff?)'
-_ODDITIES = {'comment': 'it begins like a comment', 'quote': 'a quote at its end', 'address': 'an address or a drive',
-             'space': 'white space around it, or a character that cannot be seen', 'more': 'more fields than expected'}
-_ODD = re.compile('(?P<comment>^#)|(?P<quote>^["\']|["\']$)|(?P<address>^[A-Za-z][\\w+.-]*:/)|(?P<space>^\\s|\\s$|'
-                  '[\0-\x1f\x7f\x85\u200b\u2028\u2029\ufeff])|(?P<more>(?i:%s)(?:[,;|]|\\s(?!.*%s$)))' % (_MEDIA, _MEDIA))
-_SUSPECT = (r'^$|^[/.#"\'\s]|[/"\'\s]$|(^|/)\.\.(/|$)|[\x00-\x1f\x7f\x{85}\x{200B}\x{2028}\x{2029}\x{FEFF}\x{FFFD}]|\\'
-            rf'|^[A-Za-z][\w+.-]*:/|(?i:{_MEDIA})[\s,;|]')
-
+# %% ../../nbs/data/12_tables.ipynb #t0b00031
 def _may_be_odd(paths: pa.Array) -> bool:
     "False: no path is suspect. A look at the bytes of all paths at once, since patterns take ten times as long"
     if paths.null_count: return True
     offsets = np.frombuffer(paths.buffers()[1], np.int64)[paths.offset:paths.offset + len(paths) + 1]
     text = paths.buffers()[2][offsets[0]:offsets[-1]].to_pybytes() if offsets[-1] > offsets[0] else b''
     if (np.diff(offsets) == 0).any() or any(odd in text for odd in (b'..', b'\\', b':/', b'\x7f')): return True
-    if not text.isascii() and any(odd.encode() in text for odd in '\x85\xa0\u200b\u2028\u2029\u3000\ufeff\ufffd'): return True
+    unseen = '\x85\xa0\u200b\u2028\u2029\u3000\ufeff\ufffd'
+    if not text.isascii() and any(letter.encode() in text for letter in unseen): return True
     ends, at = np.frombuffer(text, np.uint8), offsets - offsets[0]
     def some(letters, of): return bool(np.isin(letters, np.frombuffer(of, np.uint8)).any())
     if ends.min() < 32 or some(ends[at[:-1]], b'/.# "\'') or some(ends[at[1:] - 1], b'/ "\''): return True
