@@ -26,7 +26,7 @@ from ..core.delimited import ManifestError
 from ..core.stores import is_url
 from .formats import Format, find_format, format_names, read_json, read_text
 from .shards import ShardManifest, read_shards
-from .tables import Manifest, absolute_path, check_row, listed_name, make_manifest, read_manifest
+from .tables import Manifest, absolute_path, check_row, listed_name, make_manifest, other_form, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -327,6 +327,6 @@ def existing_clips(
     "Leave out the clips that are missing"
     if isinstance(manifest, ShardManifest): return manifest, [] # made from what is in the shards
     paths = [os.path.split(absolute_path(manifest.root, path)) for path in manifest.paths.to_pylist()]
-    files = {folder: _files(folder) for folder in {folder for folder, _ in paths}}
+    files = {folder: _files(other_form(manifest.root, folder)) for folder in {folder for folder, _ in paths}}
     there = np.array([listed_name(name, files[folder]) is not None for folder, name in paths], bool)
     return manifest.subset(np.flatnonzero(there)), manifest.paths.filter(pa.array(~there)).to_pylist()

@@ -39,7 +39,8 @@ from ..models.heads import Recognizer
 from ..models.student import SIZES, StudentConfig
 from . import recognition_recipes as recipes
 from .evaluators import accuracy, evaluate as evaluate_model, extract_features
-from .recognizers import WORDS, SavedStartConfig, StartConfig, build_model, build_saved, check_start, init_names
+from .recognizers import (
+    WORDS, SavedStartConfig, StartConfig, build_model, build_saved, check_start, init_names)
 from .task import Parts, Task, check_batch, check_init, dry_run as plan, main as run_command, run
 from ..training.distributed import InferenceConfig
 from ..training.loop import Evaluator, TrainConfig
