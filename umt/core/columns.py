@@ -362,7 +362,8 @@ def number_classes(
     numbers, wrong = check_labels(labels, name)
     is_text = pa.types.is_string(labels.type) or pa.types.is_large_string(labels.type)
     if not (is_text or pa.types.is_integer(labels.type)): return numbers, None, wrong
-    rows = [normalize('NFC', text or '') for text in pc.utf8_trim_whitespace(labels.cast(pa.large_string())).to_pylist()]
+    trimmed = pc.utf8_trim_whitespace(labels.cast(pa.large_string()))
+    rows = [normalize('NFC', text or '') for text in trimmed.to_pylist()]
     found, is_sorted = set(rows) - {''}, isinstance(classes, str)
     known = tuple(sorted(found) if is_sorted else classes)
     if len(set(known)) < len(known): raise ValueError(f'classes: expected different names, found {list(known)!r:.200}')
@@ -370,7 +371,7 @@ def number_classes(
     names = [row for row, _ in wrong if rows[row]] # rows without a label make no names of the others
     if len(wrong) < len(rows) and not names and (is_sorted or not found <= set(index)):
         if is_sorted: return numbers, None, wrong
-        outside = np.flatnonzero((numbers < 0) | (numbers >= len(known))).tolist()
+        outside = np.flatnonzero((numbers < -1) | (numbers >= len(known))).tolist() # -1: no label
         said = [(row, f'{name} {numbers[row]}: expected 0 to {len(known) - 1}') for row in outside]
         return numbers, known, wrong + said
     mixed = sorted(set(range(len(rows))) - {row for row, _ in wrong}) if is_sorted else []

@@ -43,8 +43,9 @@ _BINARY = {b'PK\3\4': 'a ZIP archive or Excel file', b'\x1f\x8b': 'a gzip file',
            b'\xfd7zXZ': 'an xz file', b'(\xb5/\xfd': 'a Zstandard file', b'PAR1': 'a Parquet file',
            b'SQLite format 3\0': 'an SQLite database', b'\x89HDF': 'an HDF5 file', b'ARROW1': 'an Arrow file',
            b'\xd0\xcf\x11\xe0': 'an Excel file', b'7z\xbc\xaf': 'a 7z archive', b'Rar!': 'a RAR archive',
-           b'version https://': 'a pointer of Git LFS (git lfs pull fetches the file)', b'<!DOCTYPE': 'a web page',
-           b'<!doctype': 'a web page', b'<html': 'a web page', b'<?xml': 'XML', b'%PDF-': 'a PDF file', b'\x89PNG': 'a picture', b'\xff\xd8\xff': 'a picture', b'\x93NUMPY': 'a NumPy file'}
+           b'version https://': 'a pointer of Git LFS (git lfs pull fetches the file)', b'<?xml': 'XML',
+           b'<!DOCTYPE': 'a web page', b'<!doctype': 'a web page', b'<html': 'a web page', b'%PDF-': 'a PDF file',
+           b'\x89PNG': 'a picture', b'\xff\xd8\xff': 'a picture', b'\x93NUMPY': 'a NumPy file'}
 
 def check_file(
     file: Path, # to be read

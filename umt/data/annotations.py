@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from string import Formatter
@@ -25,7 +26,7 @@ from ..core.delimited import ManifestError
 from ..core.stores import is_url
 from .formats import Format, find_format, format_names, read_json, read_text
 from .shards import ShardManifest, read_shards
-from .tables import Manifest, absolute_path, check_row, listed_name, make_manifest, read_manifest
+from .tables import Manifest, absolute_path, check_row, listed_name, make_manifest, other_form, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -146,8 +147,8 @@ def read_classes(
             elif index in names: bad.append((line, f'index {index} of {name!r} is that of {names[index]!r}'))
             else: names[index] = name
             seen.add(normalize('NFC', name))
-    if bad and not is_json and sorted(index or 0 for *_, index in found) == list(range(1, len(found) + 1)):
-        bad = [(found[0][0], 'indices count from 1, expected from 0')]
+    if bad and sorted(index or 0 for *_, index in found) == list(range(1, len(found) + 1)):
+        bad = [(line, f'{said} (these count from 1)') for line, said in bad]
     if bad or not names: raise ManifestError(file, bad or [(1, 'the file has no names')])
     return [names[i] for i in range(len(names))]
 
@@ -231,6 +232,19 @@ def _names_given(
     if classes is None or classes == 'sorted': return None
     return read_classes(classes) if isinstance(classes, (str, Path)) else list(classes)
 
+def _shard_clips(
+    folder: str | Path, # of shards; `umt shards` leaves classes.json there if the labels of its list were names
+    classes: str | Path | Sequence[str] | None, # as for `read_annotations`
+) -> tuple[Manifest, list[str] | None]: # clips, class names
+    "The clips of shards; `ManifestError` where their classes are others than those that are given"
+    manifest, names, file = read_shards(folder), _names_given(classes), Path(folder)/'classes.json'
+    if is_url(str(folder)) or not file.exists(): return manifest, names
+    own = read_classes(file)
+    wrong = sorted(set(own) - set(names or own)) or manifest.labels[manifest.labels >= len(own)].tolist()
+    if wrong: raise ManifestError(file, [(1, f'classes {wrong!r:.200}: none of the {len(names or own)}')])
+    index = np.array([*map((names or own).index, own), -1]) # -1 stays what it is
+    return replace(manifest, labels=index[manifest.labels]), names or own
+
 def _plain_list(
     form: Format, # 'list'
     file: Path, root: str, classes: str | Path | Sequence[str] | None, first_id: int, # as for `read_annotations`
@@ -265,7 +279,7 @@ def read_annotations(
     """Read an official annotation file; a test list without labels gets -1.
     `ManifestError` lists every malformed row with its line"""
     form = find_format('labels', kind, 'kind')
-    if kind == 'list' and (is_url(str(file)) or Path(file).is_dir()): return read_shards(file), _names_given(classes)
+    if kind == 'list' and (is_url(str(file)) or Path(file).is_dir()): return _shard_clips(file, classes)
     file, root, layout = Path(file), os.path.abspath(root), layout or form.layout
     if kind == 'list' and layout == form.layout: return _plain_list(form, file, root, classes, first_id)
     rows, good, bad, places = list(form.read(file)), [], [], _Places(form)
@@ -273,7 +287,7 @@ def read_annotations(
     labelled = [str(label) for label in labels if label not in (None, '')]
     names, fields = _class_names(form, labelled, classes), _layout_fields(layout, rows)
     index = {name: i for i, name in enumerate(names or ())}
-    odd = names_wrong(index) if classes in (None, 'sorted') else {} # nobody has listed them
+    odd = names_wrong({*names} - {*filter(str.isdigit, names)}) if names and classes in (None, 'sorted') else {}
     for line, row in rows:
         try:
             if isinstance(row, str): raise ValueError(row)
@@ -313,6 +327,6 @@ def existing_clips(
     "Leave out the clips that are missing"
     if isinstance(manifest, ShardManifest): return manifest, [] # made from what is in the shards
     paths = [os.path.split(absolute_path(manifest.root, path)) for path in manifest.paths.to_pylist()]
-    files = {folder: _files(folder) for folder in {folder for folder, _ in paths}}
+    files = {folder: _files(other_form(manifest.root, folder)) for folder in {folder for folder, _ in paths}}
     there = np.array([listed_name(name, files[folder]) is not None for folder, name in paths], bool)
     return manifest.subset(np.flatnonzero(there)), manifest.paths.filter(pa.array(~there)).to_pylist()

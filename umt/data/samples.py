@@ -103,7 +103,8 @@ def shard_members(
     places, texts, left = tar_contents(file, size, lambda name: suffix_of(name) in _BESIDE)
     beside = {}
     for name, content in texts.items():
-        if (kind := (_keys(name)[0], suffix_of(name))) in beside: raise DamagedTar(f'{name} is there in another spelling')
+        kind = _keys(name)[0], suffix_of(name)
+        if kind in beside: raise DamagedTar(f'{name} is there in another spelling')
         beside[kind] = content
     about = {key: _object(data, f'{key}.json') for (key, kind), data in beside.items() if kind == 'json'}
     clips = _frame_clips(places, about)
