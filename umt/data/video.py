@@ -24,6 +24,14 @@ if TYPE_CHECKING: import torch
 _all_ = ['BackendRefused', 'EmptyVideo', 'LinkError', 'MissingVideo', 'NoVideoStream', 'TruncatedVideo', 'VideoError',
          'UnreadableVideo', 'Source', 'Limits', 'VideoInfo', 'probe', 'BACKENDS', 'describe_backends'] # all from here
 
+# %% ../../nbs/data/03_video.ipynb #0pened01
+def _opened(source, backend, num_threads, length, limits):
+    "The reader of a source"
+    if backend not in BACKENDS: raise ValueError(f'backend {backend!r}: expected one of {list(BACKENDS)}')
+    with typed(source, 'cannot be read'):
+        if source.frames: return JpegDecoder(source, limits)
+        return BACKENDS[backend](source, num_threads, length, limits)
+
 # %% ../../nbs/data/03_video.ipynb #2595aa39
 class VideoReader:
     "One open video. A context manager; `read` may be called again and again"
@@ -34,11 +42,8 @@ class VideoReader:
         length: int | None = None, # number of frames, where a list says it: saves counting. None: counted
         limits: Limits = Limits(), # checked before memory is taken
     ):
-        if backend not in BACKENDS: raise ValueError(f'backend {backend!r}: expected one of {list(BACKENDS)}')
         self.source = as_source(source)
-        with typed(self.source, 'cannot be read'):
-            if self.source.frames: self._reader = JpegDecoder(self.source, limits)
-            else: self._reader = BACKENDS[backend](self.source, num_threads, length, limits)
+        self._reader = _opened(self.source, backend, num_threads, length, limits)
 
     @property
     def length(self) -> int: return self._reader.length # frames that FFmpeg shows
