@@ -77,7 +77,7 @@ def test_every_bad_row_is_reported(write, tmp_path):
     found = complaints(read_annotations, 'kinetics', file, tmp_path, ['abseiling', 'archery'])
     assert [line for line, _ in found] == [3, 4, 5, 6, 7, 8]
     expected = ["no 'youtube_id'", 'no class', "time_start '0.5'", 'expected 5 fields', "did you mean 'abseiling'?",
-                'outside the root']
+                "expected a video's id"]
     assert all(part in wrong for part, (_, wrong) in zip(expected, found))
     headless = complaints(read_annotations, 'kinetics', write('headless.csv', '\n'.join(rows[:2])), tmp_path)
     assert [line for line, _ in headless] == [1, 2] and 'header' in headless[0][1]

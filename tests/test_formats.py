@@ -77,6 +77,11 @@ TWO = ['abseiling', 'push, then pull']
     ('names.txt', 'abseiling\n"push, then pull"\n'),
     ('windows.txt', b'\xef\xbb\xbf0,abseiling\r\n1,"push, then pull"\r\n\r\n'),
     ('utf16.csv', 'id,name\r\n0,abseiling\r\n1,"push, then pull"\r\n'.encode('utf-16')),
+    ('colons.txt', 'abseiling: 0\npush, then pull: 1\n'), ('colon_first.txt', '0: abseiling\n1: push, then pull\n'),
+    ('dots.txt', '0. abseiling\n1. push, then pull\n'), ('dashes.txt', '0 - abseiling\n1 - push, then pull\n'),
+    ('brackets.txt', '0) abseiling\n1) push, then pull\n'), ('bars.txt', '0|abseiling\n1|push, then pull\n'),
+    ('floats.csv', '0.0,abseiling\n1.0,"push, then pull"\n'),
+    ('index.csv', ',name\n0,abseiling\n1,"push, then pull"\n'),
     ('list.json', ['abseiling', 'push, then pull']),
     ('names.json', {'push, then pull': 1, 'abseiling': '0'}),
     ('numbers.json', {'1': 'push, then pull', '0': 'abseiling'}),
@@ -103,7 +108,13 @@ def test_what_looks_like_an_index_and_is_none(write, content, names):
     ('same.csv', 'id,name\n0,a\n1,a\n', [3]),
     ('missing.csv', 'id,name\n0,a\n1,b\nc\n', [4]),
     ('other_header.csv', 'number of it,what\n0,a\n1,b\n', [1]),
-    ('header.txt', 'class_name\na\nb\n', [1]),
+    ('header.txt', 'class_name\na\nb\n', [1]), ('audio.csv', 'mid,display_name\n/m/0a,a\n/m/0b,b\n', [1]),
+    ('three.csv', ',label,id\n0,a,0\n1,b,1\n', [1]), ('headless_three.csv', '0,a,x\n1,b,y\n', [1]),
+    ('three.tsv', '0\ta\tx\n1\tb\ty\n', [1, 2]), ('comment.txt', '# mine\na\nb\n', [1]),
+    ('trailing.txt', 'a,\nb,\n', [1, 2]), ('json.txt', '["a", "b"]\n', [1]),
+    ('forms.txt', 'caf\u00e9\ncafe\u0301\n', [2]),
+    ('marks.txt', 'a\n\ufeffb\n', [2]), ('unseen.txt', 'a\u200b\na\n', [1]), ('line.txt', 'a\u2028b\nc\n', [1]),
+    ('zero.json', ['a\0', 'b'], [1]), ('spaces.json', [' a', 'a'], [1]),
     ('stray.csv', 'id,name\n0,"a\n1,b\n2,c\n', [2]),
     ('latin.txt', 'a\ncafé\n'.encode('latin-1'), [2]),
     ('zero.txt', b'a\n\0\n', [2]),
@@ -163,6 +174,21 @@ def test_wrong_types_in_kinetics(write, tmp_path, change, part):
     good = dict(label='abseiling', youtube_id='a', time_start=0, time_end=10)
     (line, wrong), = complaints(read_annotations, 'kinetics', write('k.json', [good, good | change]), tmp_path)
     assert part in wrong
+
+
+@pytest.mark.parametrize('label', ['nan', 'None', 'Abseiling', '1.0'])
+def test_classes_that_nobody_has_listed(write, tmp_path, label):
+    file = write('k.csv', KINETICS + f'abseiling,a,0,10,train\n{label},b,0,10,train\nabseiling ,c,0,10,train\n')
+    assert len(complaints(read_annotations, 'kinetics', file, tmp_path)) > 0
+    assert clips(read_annotations('kinetics', file, tmp_path, ['abseiling', label])[0])[2][1] == 0
+
+
+def test_ids_that_a_spreadsheet_has_changed(write, tmp_path):
+    for name in ('#NAME?', '1.00E+05', '../x', 'x y', 'https://youtu.be/x'):
+        file = write('k.csv', KINETICS + f'abseiling,{name},0,10,train\n')
+        assert "expected a video's id" in complaints(read_annotations, 'kinetics', file, tmp_path)[0][1]
+        file = write('m.csv', MSVD + f'{name},1,2,3,clean,5,English,a bird\n')
+        assert "expected a video's id" in complaints(read_gallery, 'msvd', file, tmp_path)[0][1]
 
 
 def test_one_place_is_one_clip(write, tmp_path, caplog):
@@ -535,6 +561,46 @@ def test_msvds_corpus(write, tmp_path, caplog):
                   MSVD + said.replace('5,15,1', ',15,1'),
                   MSVD + said + 'id,5,15,3,clean,9,English,"a cat\nid,1,2,3,c,9,English,b\n'):
         assert complaints(read, wrong)
+
+
+def test_msvds_languages_and_times(write, tmp_path):
+    said = MSVD + 'x,1,2,3,clean,5,english,a bird\nx,1,2,3,clean,5,ENGLISH ,a cow\nx,1,2,3,clean,5,French,une vache\n'
+    assert [text for _, text in pairs(read_gallery('msvd', write('c.csv', said), tmp_path))] == ['a bird', 'a cow']
+    for row in ('x,1,2,3,clean,5,,a bird\n', 'x,1.0,2.0,3,clean,5,English,a bird\n'):
+        assert [n for n, _ in complaints(read_gallery, 'msvd', write('c.csv', said + row), tmp_path)] == [5]
+
+
+def test_lsmdcs_headers_and_names(write, tmp_path):
+    for header in ('<CLIP_ID>\ta\tb\tc\td\te\n', 'CLIP_ID\ta\tb\tc\td\te\n', 'clip_id\ta\tb\tc\td\te\n'):
+        assert len(read_gallery('lsmdc', write('l.txt', header + f'{SCENE}\t0\t0\t0\t0\tx\n'), tmp_path).texts) == 1
+    for name in ('foo', SCENE.replace('-', '_')):
+        assert complaints(read_gallery, 'lsmdc', write('l.txt', f'{name}\t0\t0\t0\t0\tx\n'), tmp_path)[0][0] == 1
+
+
+@pytest.mark.parametrize('second', ['./a.mp4', 'a', 'x/../a.mp4'])
+def test_one_file_is_one_video(write, tmp_path, second):
+    file = write('g.json', [dict(video='a.mp4', caption='x'), dict(video=second, caption='y')])
+    assert 'is the place of two videos' in complaints(read_gallery, 'json', file, tmp_path)[0][1]
+
+
+@pytest.mark.parametrize('text', ['x\ud83d', 'x\0'])
+def test_texts_that_nothing_can_hold(write, tmp_path, text):
+    for kind, entry in (('json', dict(video='a.mp4', caption=text)), ('didemo', dict(video='a.mp4', description=text))):
+        assert complaints(read_gallery, kind, write('g.json', [entry]), tmp_path)
+
+
+@pytest.mark.parametrize('separator', [';', '\t', '|'])
+def test_separators_of_other_countries(write, tmp_path, separator):
+    text = f'\nkey{separator}video_id{separator}sentence\nret0{separator}v1 {separator}a, b\n'
+    assert pairs(read_gallery('msrvtt', write('m.csv', text), tmp_path)) == [('v1.mp4', 'a, b')]
+
+
+def test_headers_in_the_middle(write, tmp_path):
+    header = 'video_id,sentence\n'
+    found = complaints(read_gallery, 'msrvtt', write('m.csv', header + 'a,x\n' + header), tmp_path)
+    assert [n for n, _ in found] == [3]
+    found = complaints(read_published, 'webvid', write('w.csv', WEBVID + '1,u,d,p,x\n' + WEBVID))
+    assert found == [(3, f'the header again, expected a row: {WEBVID[:-1]!r}')]
 
 
 def test_lines_end_at_line_ends_only(write, tmp_path):

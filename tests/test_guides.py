@@ -13,6 +13,9 @@ from umt.core.config import from_cli, leaves
 from umt.data import emoji_motion
 from umt.data.captions import read_captions
 from umt.data.corpora import find_corpora
+from umt.data.measuring import main as bench_data
+from umt.data.packing import ShardsConfig
+from umt.data.preparing import ListConfig, positional
 from umt.models.multimodal import Multimodal
 from umt.models.published import save_published
 from umt.models.student import SIZES
@@ -23,6 +26,7 @@ root = Path(__file__).resolve().parent.parent
 guides = sorted((root/'nbs/guides').glob('*.ipynb'))
 TASKS = {'stage1': stage1, 'recognition': recognition, 'stage2': stage2, 'retrieval': retrieval}
 CONFIGS = stage1.Stage1Config, recognition.RecognitionConfig, stage2.Stage2Config, retrieval.RetrievalConfig
+TOOLS = {'list': (ListConfig(), ['folder']), 'shards': (ShardsConfig(source='LIST'), ['source', 'out'])} # beside tasks
 
 
 def markdown(path: Path) -> str:
@@ -72,8 +76,13 @@ def task_command(command: str) -> tuple[str, list[str]] | None:
 
 def test_quoted_commands_are_accepted():
     quoted = [found for command in commands(everything) if (found := task_command(command))]
-    assert {task for task, _ in quoted} == set(TASKS)
+    assert {task for task, _ in quoted} - {'bench'} == {*TASKS, *TOOLS}
     for task, words in quoted:
+        if task in TOOLS:
+            config, places = TOOLS[task]
+            from_cli({'default': config}, positional(words, places), f'umt {task}')
+        if task not in TASKS:
+            continue
         evaluation = words[:1] == ['evaluate'] # of a recogniser
         presets = recognition.EVALUATIONS if evaluation else TASKS[task].PRESETS
         config, _ = from_cli(presets, words[evaluation:]) # ends with code 2 if it does not like one
@@ -88,11 +97,17 @@ def test_every_quoted_command_is_known():
         assert known, command
 
 
-def test_quoted_options_exist():
+def test_quoted_options_exist(capsys):
     every = [leaf for config in CONFIGS for leaf in leaves(config())]
+    every += [leaf for config, _ in TOOLS.values() for leaf in leaves(config)]
     known = {'--' + name.replace('_', '-') for leaf in every for name in (leaf.name, leaf.flat)}
     known |= {'--help', '--preset', '--dry-run', '--config'}
     assert set(re.findall(r'`(--[a-z.-]+)', everything)) <= known
+    with pytest.raises(SystemExit):
+        bench_data(['--help'])
+    measuring = set(re.findall(r'--[a-z-]+', capsys.readouterr().out))
+    quoted = ' '.join(re.findall(r'umt bench data [^`\n]*', everything))
+    assert '--synthetic' in quoted and set(re.findall(r'--[a-z-]+', quoted)) <= measuring
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from umt.core.config import UsageError, leaves, override
 from umt.data import emoji_motion
 from umt.data.labelled import read_clips, read_test_clips, view_dataset
 from umt.data.media import DataError
+from umt.data.packing import main as shards
 from umt.data.tables import read_manifest
 from umt.data.transforms import normalize_video
 from umt.models.backbone import position_table
@@ -606,6 +607,30 @@ def test_a_run_does_not_go_on_with_another_list(clips, tmp_path):
     finetune(config)
     (root/'train.csv').write_text(''.join(f'train{n}.mp4,{n % 3}\n' for n in range(6)))
     with pytest.raises(ValueError, match='data.train_list changed'): finetune(config)
+
+
+def test_names_of_classes_from_lists_to_shards(clips, tmp_path):
+    "The same weights from names, numbers and copies in shards; an evaluation counts as its model does"
+    root, names = tmp_path/'data', ['jump, high', 'run', 'sit']
+    shutil.copytree(clips, root, ignore=shutil.ignore_patterns('emoji'))
+    (root/'names.csv').write_text('path,label\n' + ''.join(f'train{n}.mp4,"{names[n % 3]}"\n' for n in range(8)))
+    (root/'val_names.csv').write_text('path,label\n' + ''.join(f'{n}.mp4,"{names[(n + 2) % 3]}"\n' for n in range(5)))
+    (root/'few.csv').write_text('path,label\n' + ''.join(f'{n}.mp4,{names[1 + n % 2]}\n' for n in range(5)))
+    (root/'other.csv').write_text('path,label\n0.mp4,swim\n')
+    shards([str(root/'names.csv'), str(root/'shards'), '--copy', 'True', '--clips-per-shard', '3', '--processes', '1'])
+    def fit(run, **changes): return finetune(small(root, tmp_path/run, num_classes=None, **changes))
+    fit('numbers')
+    for run, train_list in (('names', 'names.csv'), ('shards', 'shards')):
+        fit(run, train_list=train_list, val_list='val_names.csv')
+        assert json.loads((tmp_path/run/'classes.json').read_text()) == names
+        for name, weights in load_file(tmp_path/'numbers/model.safetensors').items():
+            assert torch.equal(weights, load_file(tmp_path/run/'model.safetensors')[name])
+    few = test_of(root, tmp_path/'few', tmp_path/'names', val_list='few.csv', num_classes=None)
+    evaluate(few)
+    table = predictions(tmp_path/'few')
+    assert table.label.tolist() == [1, 2, 1, 2, 1] and len(table.logits[0][0]) == 3
+    other = override(few, val_list='other.csv', run_dir=str(tmp_path/'other'))
+    with pytest.raises(ValueError, match="'swim': none of the 3"): evaluate(other)
 
 
 # ---- A user's mistakes, by kind: one line, code 2, before anything is trained; the same in a dry run ----

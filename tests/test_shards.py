@@ -13,7 +13,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from umt.core.delimited import ManifestError
 from umt.core.stores import write_file
+from umt.data.annotations import read_annotations
 from umt.data.captions import read_captions
 from umt.data.containers import UnreadableVideo
 from umt.data.shards import index_shards, read_shards, write_shards
@@ -86,7 +88,8 @@ def test_dots_in_captioned_names(tmp_path):
     ([('0.mp4', b'x'), ('0.webm', b'y')], '0.mp4 and 0.webm'),
     ([('0.mp4', b'x'), ('0.mp4', b'y')], '0.mp4 is there twice'),
     ([('0.left.mp4', b'x'), ('0.right.mp4', b'y'), ('0.cls', '1')], '0.left.mp4 and 0.right.mp4'),
-    ([('0.mp4', b'x'), ('0.JSON', '{}'), ('0.json', '{')], '0.json: not JSON'),
+    ([('0.mp4', b'x'), ('0.json', '{')], '0.json: not JSON'),
+    ([('0.mp4', b'x'), ('0.JSON', '{}'), ('0.json', '{}')], '0.json is there in another spelling'),
 ])
 def test_two_of_one_key(tmp_path, members, found):
     pack(tmp_path/'0.tar', *members)
@@ -250,6 +253,45 @@ def test_empty_shards_are_fine(tmp_path):
     pack(tmp_path/'0.tar')
     pack(tmp_path/'1.tar', ('0.mp4', b'x'), ('0.json', {'a': 1}))
     assert labels(tmp_path) == [('0.mp4', -1)]
+
+
+def test_captions_that_are_damaged_or_none(tmp_path, caplog):
+    for text in ('dog'.encode('utf-16-le'), 'dog'.encode('utf-16'), 'x\0'):
+        pack(tmp_path/'0.tar', ('0.jpg', b'x'), ('0.txt', text))
+        with pytest.raises(DataError, match='damaged caption of 0.jpg'): read_captions(tmp_path)
+    pack(tmp_path/'0.tar', ('0.jpg', b'x'), ('0.txt', 'nan'), ('1.jpg', b'x'), ('1.json', {'caption': 'None'}),
+         ('2.jpg', b'x'), ('2.txt', 'caf\ufffd'), ('3.jpg', b'x'), ('3.txt', 'one'), ('3.json', {'caption': 'two'}))
+    assert read_captions(tmp_path).columns['caption'].to_pylist() == [['caf\ufffd'], ['two']]
+    for said in ('2 of 4 rows have no caption', '1 captions have lost letters', '3.txt (the .json has another caption'):
+        assert said in caplog.text
+
+
+@pytest.mark.parametrize('text', [
+    '{"label": 1, "label": 2}', '{"caption": "a", "caption": "b"}', '{"x": {"a": 1, "a": 2}}'])
+def test_names_that_repeat_in_a_json(tmp_path, text):
+    pack(tmp_path/'0.tar', ('0.mp4', b'x'), ('0.json', text))
+    with pytest.raises(DataError, match='0.json: not JSON .several values of'): read_shards(tmp_path)
+
+
+def test_labels_under_other_names_are_reported(tmp_path, caplog):
+    pack(tmp_path/'0.tar', ('0.video.mp4', b'x'), ('0.label.cls', '1'), ('1.mp4', b'x'), ('1.meta.json', {'label': 3}),
+         ('2.mp4', b'x'), ('2.mp4.json', {'label': 3}))
+    assert [label for _, label in labels(tmp_path)] == [-1] * 3
+    for name in ('0.label.cls', '1.meta.json', '2.mp4.json'): assert f'0.tar/{name}' in caplog.text
+
+
+def test_names_of_classes_beside_shards(tmp_path):
+    "As `umt shards` leaves them"
+    pack(tmp_path/'0.tar', ('0.mp4', b'x'), ('0.cls', '1'), ('1.mp4', b'x'), ('1.cls', '0'), ('2.mp4', b'x'))
+    assert read_annotations('list', tmp_path, tmp_path)[1] is None
+    (tmp_path/'classes.json').write_text('["run", "sit"]')
+    for classes, found, names in ((None, [1, 0, -1], ['run', 'sit']), ('sorted', [1, 0, -1], ['run', 'sit']),
+                                  (['jump', 'sit', 'run'], [1, 2, -1], ['jump', 'sit', 'run'])):
+        m, said = read_annotations('list', tmp_path, tmp_path, classes)
+        assert m.labels.tolist() == found and said == names
+    for content, classes in (('["run", "sit"]', ['run', 'jump']), ('["run"]', None), ('["run"', None)):
+        (tmp_path/'classes.json').write_text(content)
+        with pytest.raises(ManifestError, match='classes.json'): read_annotations('list', tmp_path, tmp_path, classes)
 
 
 def test_img2dataset_folder(tmp_path):

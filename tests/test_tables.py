@@ -15,8 +15,10 @@ from pyarrow import parquet
 from umt.core import columns
 from umt.core.columns import cache_folder, mapped_place, number_names
 from umt.data import rows as rows_module
+from umt.data.annotations import existing_clips
 from umt.data.captions import read_captions, read_text_table, share_ids
 from umt.data.containers import LinkError, UnreadableVideo, VideoError
+from umt.data.corpora import build_corpora
 from umt.data.rows import ManifestError, file_rows, json_rows, jsonl_rows
 from umt.data.tables import check_labels, listed_name, read_manifest, resolve, shared_manifest
 
@@ -266,6 +268,42 @@ def test_caption_header_with_spaces(write):
     assert pairs(read_captions(file)) == [('a.mp4', 'a dog'), ('b.mp4', 'a cat, a cow')]
 
 
+def test_lines_before_the_header_and_headers_in_the_middle(write):
+    for blank in ('\n', ' \n\n', '\r\n\r\n'):
+        assert clips(read_manifest(write('l.csv', blank + 'path,label\na.mp4,1\n'))) == [('a.mp4', 1)]
+        assert pairs(read_captions(write('c.csv', blank + HEAD + 'a.mp4,x\n'))) == [('a.mp4', 'x')]
+    assert complaints(read_manifest, write('l.csv', '\n\npath,label\na.mp4,x\n'))[0][0] == 4
+    for again in (HEAD, '\ufeff' + HEAD): # as when files are joined
+        text = HEAD + 'a.mp4,x\n' + again + 'b.mp4,y\n'
+        said = f'the header again, expected a row: {again[:-1]!r}'
+        assert complaints(read_captions, write('c.csv', text)) == [(3, said)]
+    found = complaints(read_manifest, write('l.csv', 'path,label\na.mp4,run\npath,label\n'), classes='sorted')
+    assert [line for line, _ in found] == [3]
+
+
+@pytest.mark.parametrize('text, said', [
+    ('vid,lab\na.mp4,run\nb.mp4,jump\n', 'is it a header?'), ('#path,label\na.mp4,1\n', 'is it a header?'),
+    ('# mine\na.mp4 1\nb.mp4 2\n', 'is it a header?'),
+    ('{"path": "a.mp4", "label": 1}\n', 'JSON in a file of lines'),
+    ('[\n{"path": "a.mp4", "label": 1}\n]', 'JSON in a file of lines'),
+    ('version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 3\n', 'Git LFS'),
+    ('<html> <body>\n', 'a web page'), ('<?xml version="1.0"?>\n', 'XML'),
+    ('1,a.mp4\n2,b.mp4\n', 'is the label before the path?'),
+    ('run a.mp4\nsit b.mp4\n', 'is the label before the path?')])
+def test_what_a_list_with_names_of_classes_could_swallow(write, text, said):
+    for name in ('l.csv', 'l.txt'): assert said in complaints(read_manifest, write(name, text), classes='sorted')[0][1]
+
+
+def test_spreadsheets_in_other_countries(write):
+    for separator in ';\t|':
+        text = 'path:label\n"a.mp4":"jump, high"\nb.mp4:run\n'.replace(':', separator)
+        file = write('l.csv', text.encode('utf-16'))
+        assert read_manifest(file, classes='sorted').classes == ('jump, high', 'run')
+    for separator in ';\t':
+        text = f'video{separator}caption\na.mp4{separator}x, y\n'
+        assert pairs(read_captions(write('c.csv', text))) == [('a.mp4', 'x, y')]
+
+
 # ---- labels
 
 @pytest.mark.parametrize('label, good', [
@@ -311,6 +349,60 @@ def test_names_of_classes(write):
     assert complaints(read_manifest, numbers, classes=['x', 'y']) == [(3, 'label 3: expected 0 to 1')]
     with pytest.raises(ValueError, match='different names'): read_manifest(numbers, classes=['x', 'x'])
     with pytest.raises(ValueError, match="or 'sorted'"): read_manifest(numbers, classes='names')
+
+
+@pytest.mark.parametrize('text, expected', [
+    ('a.mp4,"jump, high"\nb.mp4,run\n', [('a.mp4', 'jump, high'), ('b.mp4', 'run')]),
+    ('a.mp4\tjump high\nb c.mp4\trun\n', [('a.mp4', 'jump high'), ('b c.mp4', 'run')]),
+    ('a.mp4 run\nb c.mp4 sit\n', [('a.mp4', 'run'), ('b c.mp4', 'sit')]),
+    ('path,label\na.mp4,run \nb.mp4,run\xa0\n', [('a.mp4', 'run'), ('b.mp4', 'run')]),
+    ('path,label\na.mp4,caf\u00e9\nb.mp4,cafe\u0301\n', [('a.mp4', 'caf\u00e9'), ('b.mp4', 'caf\u00e9')]),
+    ('path,label\na.mp4,3rd\nb.mp4,😀\n', [('a.mp4', '3rd'), ('b.mp4', '😀')])])
+def test_names_of_several_words(write, text, expected):
+    m = read_manifest(write('l.txt', text), classes='sorted')
+    assert [(name, m.classes[label]) for name, label in clips(m)] == expected
+
+
+@pytest.mark.parametrize('text', [
+    'a.mp4,jump, high\nb.mp4,run\n', 'a.mp4 run\nb.mp4 jump high\n', 'a.mp4,0,run\nb.mp4,1,sit\n',
+    'a.mp4 9 run\nb.mp4 8 sit\n', 'a.mp4,run,train\nb.mp4,sit,val\n',
+    'a.mp4;run, fast\nb.mp4;sit, low\n', 'a.mp4,run,\nb.mp4,sit,\n',
+    'a.mp4,1\nb.mp4,2,x\n', 'a.mp4,1;b.mp4,2\n', 'a.mp4 1 # x\nb.mp4 2\n'])
+def test_a_name_is_never_cut_and_no_field_goes_to_the_path(write, text):
+    assert 'more fields than expected' in complaints(read_manifest, write('l.txt', text), classes='sorted')[0][1]
+
+
+@pytest.mark.parametrize('label', [
+    'nan', 'NaN', 'None', 'null', '<NA>', '1.0', '+1', '1e2', '０', '0x1', '[0]', '"1,2"', '#1', 'Run', 'r\u200bun',
+    "'run'", 'a/b.mp4', '-1', '3'])
+def test_what_is_no_name_of_a_class(write, label):
+    text = f'path,label\na.mp4,run\nb.mp4,{label}\nc.mp4,run\nd.mp4,sit\n'
+    assert complaints(read_manifest, write('l.csv', text), classes='sorted')[0][0] in (2, 3)
+    if label != '3': assert read_manifest(write('l.csv', text), classes=['run', 'sit', label.strip('"')]).labels[1] == 2
+
+
+def test_types_that_are_no_names_of_classes(tmp_path):
+    for values in ([1.], [True], [[1]], [{'a': 1}], [b'x'], [None]):
+        parquet.write_table(pa.table({'path': ['a.mp4'], 'label': values}), tmp_path/'l.parquet')
+        for classes in ('sorted', ['x', 'y']): assert complaints(read_manifest, tmp_path/'l.parquet', classes=classes)
+    parquet.write_table(pa.table({'path': ['a.mp4'], 'label': pa.array([3], pa.uint64())}), tmp_path/'l.parquet')
+    assert clips(read_manifest(tmp_path/'l.parquet')) == [('a.mp4', 3)]
+
+
+# ---- captions
+
+def test_captions_that_are_none(write, tmp_path, caplog):
+    for text in ('nan', 'NaN', 'None', 'null', '<NA>', ' ', '""'):
+        assert complaints(read_captions, write('c.csv', HEAD + f'a.mp4,x\nb.mp4,{text}\n')) == [(3, 'no caption')]
+        assert 'None of' in pairs(read_captions(write('c.csv', HEAD + 'a.mp4,None of it\n')))[0][1]
+    for text in ('"[""a"", ""b""]"', '"[\'a\', \'b\']"'):
+        assert 'a list as text' in complaints(read_captions, write('c.csv', HEAD + f'a.mp4,{text}\n'))[0][1]
+    assert 'backslashes' in complaints(read_captions, write('c.csv', HEAD + 'a.mp4,"a \\"dog\\" ran"\n'))[0][1]
+    for entry in ('{"video": "a.mp4", "caption": "x\\u0000"}', '{"video": "a.mp4", "caption": ["x", "y\\u0000"]}'):
+        assert 'a zero byte' in complaints(read_captions, write('c.jsonl', entry))[0][1]
+    assert pairs(read_captions(write('c.csv', HEAD + '"a.mp4","x" \n'))) == [('a.mp4', 'x')]
+    assert pairs(read_captions(write('c.csv', HEAD + 'a.mp4,caf\ufffd\n'))) == [('a.mp4', 'caf\ufffd')]
+    assert 'c.csv: 1 captions have lost letters' in caplog.text
 
 
 # ---- JSON
@@ -422,6 +514,23 @@ def test_paths_stay_below_the_root(write, tmp_path, path, kind):
     assert line == (3 if kind == 'csv' else 2) and ('outside the root' in said or 'expected a' in said)
 
 
+@pytest.mark.parametrize('path, said', [
+    ('# a.mp4', 'a comment'), ('"a.mp4', 'a quote'), ("'a.mp4'", 'a quote'), ('C:/a.mp4', 'a drive'),
+    ('http://h/a.mp4', 'an address'), ('s3://b/a.mp4', 'an address'), (' a.mp4', 'white space'),
+    ('a.mp4 ', 'white space'),
+    ('\ufeffa.mp4', 'cannot be seen'), ('a\u200b.mp4', 'cannot be seen'), ('a,1\u2028b.mp4', 'cannot be seen'),
+    ('a\x0bb.mp4', 'cannot be seen'), ('a.mp4\x85', 'white space'),
+    ('a.mp4,3', 'more fields'), ('a.mp4 3', 'more fields'), ('sub/a.MP4;x', 'more fields')])
+def test_odd_names_are_those_of_files_that_are_there(write, tmp_path, path, said):
+    for name in ('plain.mp4', 'Mr. X, St. 3 a.mp4'):
+        file = write('l.json', json.dumps([dict(path=name, label=0), dict(path=path, label=1)]))
+        (_, wrong), = complaints(read_manifest, file)
+        assert said in wrong and 'there is no file of this name' in wrong
+    (tmp_path/path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path/path).touch()
+    assert clips(read_manifest(file))[1] == (path, 1)
+
+
 @pytest.mark.parametrize('folder', ['é', 'plain'])
 def test_accents_in_either_form(write, tmp_path, folder):
     nfc, nfd = (unicodedata.normalize(form, f'{folder}/café.mp4') for form in ('NFC', 'NFD'))
@@ -432,6 +541,9 @@ def test_accents_in_either_form(write, tmp_path, folder):
         m = read_manifest(write('l.csv', f'{listed} 1\n'), root)
         assert m.source(0).path == str(root/on_disk) and m.source(0).name == listed
         assert resolve(str(root), f'{folder}/other é.mp4').endswith('other é.mp4')
+        assert existing_clips(m)[1] == []
+        write('c.csv', HEAD + f'{listed},x\n')
+        assert len(build_corpora(f'video:c.csv:{root.relative_to(tmp_path)}', tmp_path)['video'][0]) == 1
     assert listed_name('é', {'e\u0301', 'b'}) == 'e\u0301' and listed_name('é', ['x']) is None
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'CACHE_FROM', 'cache_folder', 'open_table', 'one_of_node', 'int64_values', 'Columns', 'shared_table',
            'table_of', 'constant', 'mapped_place', 'packed', 'unpacked', 'take_columns', 'number_names', 'label_wrong',
-           'check_labels', 'number_classes']
+           'check_labels', 'names_wrong', 'number_classes']
 
 # %% ../../nbs/core/10_columns.ipynb #c0b00003
 import fcntl
@@ -14,11 +14,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import pyarrow as pa
@@ -316,7 +317,8 @@ def check_labels(
     if pa.types.is_large_string(labels.type):
         labels = pc.utf8_trim_whitespace(labels)
         good = pc.fill_null(pc.match_substring_regex(labels, r'^-?[0-9]{1,18}$'), False)
-    elif pa.types.is_integer(labels.type) and labels.type != pa.uint64(): good = labels.is_valid()
+    elif labels.type == pa.uint64(): good = pc.fill_null(pc.less(labels, pa.scalar(2**63, pa.uint64())), False)
+    elif pa.types.is_integer(labels.type): good = labels.is_valid()
     else: good = pa.array(np.zeros(len(labels), bool))
     wrong = np.flatnonzero(~good.to_numpy(zero_copy_only=False)).tolist()
     if not wrong: return labels.cast(pa.int64()).to_numpy(), []
@@ -328,6 +330,27 @@ def check_labels(
     if len(right): numbers[good.to_numpy(zero_copy_only=False)] = right.cast(pa.int64()).to_numpy()
     return numbers, complaints
 
+# %% ../../nbs/core/10_columns.ipynb #c0b00032
+_MISSING = {'nan', 'none', 'null', '<na>', 'n/a', '#n/a', '#name?'} # as pandas and spreadsheets write it
+_NUMBER = re.compile(r'[\d\s!-/:-@\[-`{-~]+|[+-]?\d[\d.]*e[+-]?\d+|0[xob][\da-f]+', re.I)
+_FILE = re.compile(r'\.(mp4|webm|mkv|avi|mov|m4v|mpe?g|wmv|flv|3gp|jpe?g|png)$|^\w+:/', re.I)
+
+def names_wrong(
+    names: Iterable[str], # of classes, all different
+) -> dict[str, str]: # name -> why it is none
+    "Of names that nobody has listed, those that are something else, or another one in other letters"
+    wrong, seen = {}, {}
+    for text in sorted(names):
+        letters = re.sub(r'[\s_]+', ' ', re.sub('[\u200b\ufeff]', '', normalize('NFKC', text).casefold())).strip(' "\'')
+        other = seen.setdefault(letters, text)
+        if letters in _MISSING: said = 'a missing value?'
+        elif _NUMBER.fullmatch(text): said = 'expected an integer, or the name of a class'
+        elif _FILE.search(text): said = 'expected the name of a class, found a file; is the label before the path?'
+        elif other != text: said = f'is this {other!r}, written in another way?'
+        else: continue
+        wrong[text] = f'{said} (If it is right, give the names of all classes in label order)'
+    return wrong
+
 # %% ../../nbs/core/10_columns.ipynb #t0b00021
 def number_classes(
     labels: pa.Array, # names, or numbers
@@ -335,23 +358,28 @@ def number_classes(
     name: str = 'label', # of the column
 ) -> tuple[np.ndarray, tuple[str, ...], list[tuple[int, str]]]: # int64, names in label order, (row, what is wrong)
     "Names of classes as labels. Where every label is a number, it is the class's place in `classes`"
-    texts = labels.cast(pa.large_string()) if not pa.types.is_large_string(labels.type) else labels
+    if pa.types.is_dictionary(labels.type): labels = labels.dictionary_decode()
     numbers, wrong = check_labels(labels, name)
-    found = sorted(set(texts.drop_null().to_pylist()) - {''})
-    known = tuple(found if isinstance(classes, str) else classes)
+    is_text = pa.types.is_string(labels.type) or pa.types.is_large_string(labels.type)
+    if not (is_text or pa.types.is_integer(labels.type)): return numbers, None, wrong
+    trimmed = pc.utf8_trim_whitespace(labels.cast(pa.large_string()))
+    rows = [normalize('NFC', text or '') for text in trimmed.to_pylist()]
+    found, is_sorted = set(rows) - {''}, isinstance(classes, str)
+    known = tuple(sorted(found) if is_sorted else classes)
     if len(set(known)) < len(known): raise ValueError(f'classes: expected different names, found {list(known)!r:.200}')
-    blank = all(texts[row].as_py() in (None, '') for row, _ in wrong) # such rows make no names of the others
-    if blank and len(wrong) < len(labels) and (isinstance(classes, str) or not set(found) <= set(known)):
-        if isinstance(classes, str): return numbers, None, wrong
-        outside = np.flatnonzero((numbers < 0) | (numbers >= len(known))).tolist()
+    index = {normalize('NFC', text): i for i, text in enumerate(known)}
+    names = [row for row, _ in wrong if rows[row]] # rows without a label make no names of the others
+    if len(wrong) < len(rows) and not names and (is_sorted or not found <= set(index)):
+        if is_sorted: return numbers, None, wrong
+        outside = np.flatnonzero((numbers < -1) | (numbers >= len(known))).tolist() # -1: no label
         said = [(row, f'{name} {numbers[row]}: expected 0 to {len(known) - 1}') for row in outside]
         return numbers, known, wrong + said
-    index, bad = {text: i for i, text in enumerate(known)}, []
-    if isinstance(classes, str) and len(wrong) < len(labels):
-        mixed = sorted(set(range(len(labels))) - {row for row, _ in wrong})
-        said = 'a number, where other rows have names of classes'
-        bad = [(row, f'{name} {texts[row].as_py()!r}: {said}') for row in mixed]
-    rows = texts.to_pylist()
+    mixed = sorted(set(range(len(rows))) - {row for row, _ in wrong}) if is_sorted else []
+    if len(mixed) > len(names): return numbers, None, wrong
+    said = 'a number, where other rows have names of classes'
+    bad = [(row, f'{name} {rows[row]!r}: {said}') for row in mixed]
+    odd = names_wrong(found - {rows[row] for row in mixed}) if is_sorted else {}
+    bad += [(row, f'{name} {rows[row]!r}: {odd[rows[row]]}') for row in names if rows[row] in odd]
     for row in (row for row, text in enumerate(rows) if text not in index):
         bad.append((row, f'{name} {rows[row]!r}: none of the {len(known)} classes' if rows[row] else f'no {name!r}'))
     return np.array([index.get(text, -1) for text in rows], np.int64), known, bad

@@ -11,37 +11,42 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from string import Formatter
+from unicodedata import normalize
 
 import numpy as np
 import pyarrow as pa
 
+from ..core.columns import names_wrong
 from ..core.config import did_you_mean
 from ..core.delimited import ManifestError
 from ..core.stores import is_url
 from .formats import Format, find_format, format_names, read_json, read_text
 from .shards import ShardManifest, read_shards
-from .tables import Manifest, absolute_path, check_row, listed_name, make_manifest, read_manifest
+from .tables import Manifest, absolute_path, check_row, listed_name, make_manifest, other_form, read_manifest
 
 logger = logging.getLogger(__name__)
 
 # %% ../../nbs/data/16_annotations.ipynb #10be6cbb
 _QUOTED = r'"(?:[^"]|"")*"'
 _STYLES = [re.compile(style) for style in ( # name and index of a line
-    rf'(?P<name>{_QUOTED}|.*?)\s*[,;\t]\s*"?(?P<index>\d+)"?',
-    rf'"?(?P<index>\d+)"?\s*[,;\t]\s*(?P<name>{_QUOTED}|.*)',
+    rf'(?P<name>{_QUOTED}|.*?)\s*[,;\t|:]\s*"?(?P<index>\d+)(?:\.0)?"?',
+    rf'"?(?P<index>\d+)(?:\.0)?"?\s*(?:[,;\t|:)]|[.-]\s)\s*(?P<name>{_QUOTED}|.*)',
     rf'(?P<index>\d+)\s+(?P<name>{_QUOTED}|.*)',
     rf'(?P<name>{_QUOTED}|.*\S)\s+(?P<index>\d+)')]
 _HEADER = {'id', 'index', 'idx', 'number', 'name', 'label', 'labels', 'class', 'classes', 'category', 'categories',
            'action'}
+_MORE = {'', 'display', 'wnid', 'words', 'synset', 'mid', 'key', 'code', 'title', 'text', 'description', 'verb', 'noun'}
 
 def _is_header(
     line: str, # the first one
 ) -> bool: # does it name columns, such as `id,name` or `label_id;label_name`?
     fields = [field.strip(' "').lower() for field in re.split(r'[,;\t]', line)]
-    return all(part in _HEADER for field in fields for part in re.split(r'[ _-]', field))
+    known = _HEADER | _MORE if len(fields) > 1 else _HEADER
+    return all(part in known for field in fields for part in re.split(r'[ _-]', field))
 
 def _fit(
     style: re.Pattern, # of `_STYLES`
@@ -75,12 +80,31 @@ def _text_classes(
     if _is_header(lines[0]) and (len(lines) > 1 or re.search(r'[,;\t]', lines[0])): numbered = numbered[1:]
     rest = [line for _, line in numbered]
     if not rest: return []
+    if len(rest) < len(lines) and len(re.findall(r'[,;\t]', lines[0])) > 1:
+        raise ValueError(f'{lines[0]!r}: a header of several columns, expected names and their indices alone')
     style = max(_STYLES, key=lambda style: _fit(style, rest)) # the first of the best
     if not _fit(style, rest):
         if len(rest) < len(lines): raise ValueError(f'{lines[0]!r}: a header? Expected class names, one per line')
         return [(n, line, i) for i, (n, line) in enumerate(numbered)]
-    found = [(n, line, style.fullmatch(line)) for n, line in numbered]
-    return [(n, match['name'], int(match['index'][:18])) if match else (n, line, None) for n, line, match in found]
+    matches = [(n, line, style.fullmatch(line)) for n, line in numbered]
+    found = [(n, match['name'], int(match['index'][:18])) if match else (n, line, None) for n, line, match in matches]
+    if all(re.search(r'^[^"].*[,;|]\S', name) for _, name, _ in found):
+        raise ValueError(f'{lines[-1]!r:.100}: more fields than a name and its index')
+    return found
+
+# %% ../../nbs/data/16_annotations.ipynb #ac1a0008
+_UNSEEN = re.compile('[\0-\x1f\x7f\x85\u200b\u2028\u2029\ufeff\ufffd]')
+
+def _name_wrong(
+    name: str, # of a class
+    others: set[str], # names before it, composed (NFC)
+) -> str | None: # complaint
+    "Is it a name, and a new one?"
+    if not name or _UNSEEN.search(name): return f'{name!r}: expected a name in UTF-8'
+    if name.startswith('# ') or name[-1] in ',;|' or name[:2] in ('["', '{"'):
+        return f'{name!r}: expected a name, found a comment, several fields, or JSON (name the file .json)'
+    if normalize('NFC', name) in others: return f'{name!r} is there already'
+    return None
 
 # %% ../../nbs/data/16_annotations.ipynb #bf8b9d00
 def _json_classes(
@@ -114,16 +138,17 @@ def read_classes(
     except ManifestError: raise
     except ValueError as e: raise ManifestError(file, [(1, str(e))]) from e
     for line, name, index in found:
-        try: name = name if is_json else _unquoted(name)
+        try: name = name.strip() if is_json else _unquoted(name)
         except ValueError as e: bad.append((line, str(e)))
         else:
-            if not name or '\ufffd' in name: bad.append((line, f'{name!r}: expected a name in UTF-8'))
-            elif name in seen: bad.append((line, f'{name!r} is there already'))
+            if wrong := _name_wrong(name, seen): bad.append((line, wrong))
             elif index is None or index >= len(found):
                 bad.append((line, f'index {index} of {name!r}: expected 0 to {len(found) - 1}'))
             elif index in names: bad.append((line, f'index {index} of {name!r} is that of {names[index]!r}'))
             else: names[index] = name
-            seen.add(name)
+            seen.add(normalize('NFC', name))
+    if bad and sorted(index or 0 for *_, index in found) == list(range(1, len(found) + 1)):
+        bad = [(line, f'{said} (these count from 1)') for line, said in bad]
     if bad or not names: raise ManifestError(file, bad or [(1, 'the file has no names')])
     return [names[i] for i in range(len(names))]
 
@@ -207,6 +232,19 @@ def _names_given(
     if classes is None or classes == 'sorted': return None
     return read_classes(classes) if isinstance(classes, (str, Path)) else list(classes)
 
+def _shard_clips(
+    folder: str | Path, # of shards; `umt shards` leaves classes.json there if the labels of its list were names
+    classes: str | Path | Sequence[str] | None, # as for `read_annotations`
+) -> tuple[Manifest, list[str] | None]: # clips, class names
+    "The clips of shards; `ManifestError` where their classes are others than those that are given"
+    manifest, names, file = read_shards(folder), _names_given(classes), Path(folder)/'classes.json'
+    if is_url(str(folder)) or not file.exists(): return manifest, names
+    own = read_classes(file)
+    wrong = sorted(set(own) - set(names or own)) or manifest.labels[manifest.labels >= len(own)].tolist()
+    if wrong: raise ManifestError(file, [(1, f'classes {wrong!r:.200}: none of the {len(names or own)}')])
+    index = np.array([*map((names or own).index, own), -1]) # -1 stays what it is
+    return replace(manifest, labels=index[manifest.labels]), names or own
+
 def _plain_list(
     form: Format, # 'list'
     file: Path, root: str, classes: str | Path | Sequence[str] | None, first_id: int, # as for `read_annotations`
@@ -241,7 +279,7 @@ def read_annotations(
     """Read an official annotation file; a test list without labels gets -1.
     `ManifestError` lists every malformed row with its line"""
     form = find_format('labels', kind, 'kind')
-    if kind == 'list' and (is_url(str(file)) or Path(file).is_dir()): return read_shards(file), _names_given(classes)
+    if kind == 'list' and (is_url(str(file)) or Path(file).is_dir()): return _shard_clips(file, classes)
     file, root, layout = Path(file), os.path.abspath(root), layout or form.layout
     if kind == 'list' and layout == form.layout: return _plain_list(form, file, root, classes, first_id)
     rows, good, bad, places = list(form.read(file)), [], [], _Places(form)
@@ -249,9 +287,11 @@ def read_annotations(
     labelled = [str(label) for label in labels if label not in (None, '')]
     names, fields = _class_names(form, labelled, classes), _layout_fields(layout, rows)
     index = {name: i for i, name in enumerate(names or ())}
+    odd = names_wrong({*names} - {*filter(str.isdigit, names)}) if names and classes in (None, 'sorted') else {}
     for line, row in rows:
         try:
             if isinstance(row, str): raise ValueError(row)
+            if str(row.get('label')) in odd: raise ValueError(f"label {row['label']!r}: {odd[str(row['label'])]}")
             numbered = kind == 'list' and not (names and str(row.get('label')) in index)
             label = row.get('label') if numbered else _label(row, index) if labelled else -1
             clip = check_row(row | {'path': _path(row, layout, fields), 'label': label}, root, 'path', 'label')
@@ -287,6 +327,6 @@ def existing_clips(
     "Leave out the clips that are missing"
     if isinstance(manifest, ShardManifest): return manifest, [] # made from what is in the shards
     paths = [os.path.split(absolute_path(manifest.root, path)) for path in manifest.paths.to_pylist()]
-    files = {folder: _files(folder) for folder in {folder for folder, _ in paths}}
+    files = {folder: _files(other_form(manifest.root, folder)) for folder in {folder for folder, _ in paths}}
     there = np.array([listed_name(name, files[folder]) is not None for folder, name in paths], bool)
     return manifest.subset(np.flatnonzero(there)), manifest.paths.filter(pa.array(~there)).to_pylist()

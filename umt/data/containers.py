@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAULTS', 'FORMATS', 'VideoError', 'MissingVideo', 'UnreadableVideo', 'EmptyVideo', 'NoVideoStream', 'TruncatedVideo',
            'LinkError', 'BackendRefused', 'Source', 'printable', 'as_source', 'Limits', 'check_size', 'typed',
-           'MediaFile', 'open_container', 'Media']
+           'MediaFile', 'open_container', 'closed_on_error', 'Media']
 
 # %% ../../nbs/data/00_containers.ipynb #c0a10003
 import io
@@ -194,6 +194,17 @@ def _demuxed(container, stream, size):
         except av.error.BlockingIOError: pass
 
 # %% ../../nbs/data/00_containers.ipynb #7bb39f8b
+@contextmanager
+def closed_on_error(
+    opened, # what has `close`
+):
+    "Context: what fails is closed"
+    try: yield
+    except BaseException:
+        opened.close()
+        raise
+
+# %% ../../nbs/data/00_containers.ipynb #7bb39f8c
 class Media:
     "An open video: its bytes, FFmpeg's container, and the main video stream. A context manager"
     def __init__(self,
@@ -203,10 +214,7 @@ class Media:
     ):
         self.source, self.limits, self.num_threads = source, limits, num_threads
         self.file, self.container = MediaFile(source, limits), None
-        try: self.rewind()
-        except BaseException:
-            self.close()
-            raise
+        with closed_on_error(self): self.rewind()
 
     def rewind(self):
         "Opens the container anew: the only way back to the first frame that is exact in all of them"

@@ -28,7 +28,7 @@ from .captions import MEDIA, caption_manifest, medium_path, one_array, read_capt
 from .formats import find_format
 from .rows import Rows
 from .shards import ShardManifest
-from .tables import DataError, Manifest, absolute_path, listed_name, shared_manifest
+from .tables import DataError, Manifest, absolute_path, listed_name, other_form, shared_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ def _present(
     _, first, codes = np.unique(manifest.ids, return_index=True, return_inverse=True)
     once = manifest.paths.take(pa.array(first)).to_pylist()
     paths = [os.path.split(absolute_path(manifest.root, medium_path(path, medium))) for path in once]
-    names = {folder: listed(folder) for folder in {folder for folder, _ in paths}}
+    names = {folder: listed(other_form(manifest.root, folder)) for folder in {folder for folder, _ in paths}}
     return np.array([listed_name(name, names[folder]) is not None for folder, name in paths], bool)[codes]
 
 # %% ../../nbs/data/19_corpora.ipynb #59e51d57

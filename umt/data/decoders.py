@@ -182,7 +182,7 @@ def _refusal(backend, media, index):
     cover = av.stream.Disposition.attached_pic
     if sum(not s.disposition & cover for s in media.container.streams.video) > 1: return 'several video streams'
 
-# %% ../../nbs/data/02_decoders.ipynb #f0re19a1
+# %% ../../nbs/data/02_decoders.ipynb #5cee2ff6
 class _Foreign:
     "A decoder of another project: named by the user, checked against the packets, refused where it is not proven"
     def __init__(self, source, num_threads, length, limits):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'RowIterator', 'Format', 'row_format', 'format_names', 'find_format', 'read_text', 'read_json', 'read_lists',
-           'entries', 'need', 'as_text', 'as_id', 'as_whole', 'tidied']
+           'entries', 'need', 'as_text', 'as_id', 'as_youtube', 'as_whole', 'tidied']
 
 # %% ../../nbs/data/15_formats.ipynb #fm000004
 import json
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from ..core.config import did_you_mean
-from ..core.delimited import ManifestError, text_blocks
+from ..core.delimited import ManifestError, text_blocks, unique_object
 from .rows import file_rows, json_rows
 
 logger = logging.getLogger(__name__)
@@ -75,18 +75,9 @@ def read_text(
     if bad := [complaint for _, _, complaints in blocks for complaint in complaints]: raise ManifestError(file, bad)
     return b''.join(block for block, _, _ in blocks).decode()
 
-def _unique(
-    pairs: list[tuple[str, object]], # of a JSON object
-) -> dict:
-    "An object; `ValueError` if a key is there twice"
-    found = dict(pairs)
-    if len(found) == len(pairs): return found
-    names = [name for name, _ in pairs]
-    raise ValueError(f'several values of {next(name for name in names if names.count(name) > 1)!r} in one object')
-
 def read_json(
     file: str | Path, # JSON
-    hook: Callable = _unique, # makes an object of its pairs; `ValueError` for a wrong one
+    hook: Callable = unique_object, # makes an object of its pairs; `ValueError` for a wrong one
 ) -> object: # its content
     "A JSON file whole. `ManifestError` for one that is damaged, nested too deep, or repeats a key"
     text = read_text(file)
@@ -144,6 +135,15 @@ def as_id(
     value = row.get(name)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else as_text(row, name).strip()
 
+def as_youtube(
+    row: dict, # of a file
+    name: str, # of a column
+) -> str: # id of a video
+    "`ValueError` for anything else, such as the `#NAME?` of a spreadsheet for an id that begins with a minus"
+    text = as_id(row, name)
+    if re.fullmatch(r'[\w-]+', text): return text
+    raise ValueError(f"{name} {text!r:.60}: expected a video's id; has a spreadsheet changed it?")
+
 def as_whole(
     row: dict, # of a file
     name: str, # of a column
@@ -178,7 +178,8 @@ def _list(file: Path) -> RowIterator:
 def _class(row: dict) -> dict: # the row
     "`ValueError` if what is in `label` is no class"
     label = row.get('label')
-    if label is None or isinstance(label, (str, int)) and not isinstance(label, bool): return row
+    if isinstance(label, str): return row | {'label': label.strip()}
+    if label is None or isinstance(label, int) and not isinstance(label, bool): return row
     raise ValueError(f"label {label!r:.40}: expected a class's name, in {str(row)[:100]}")
 
 _KINETICS = {'label', 'youtube_id', 'time_start', 'time_end', 'split', 'is_cc'}
@@ -196,7 +197,7 @@ def _kinetics(file: Path) -> RowIterator:
         if 'label' not in row and (other := [name for name in row if name not in _KINETICS]):
             raise ValueError(f"no 'label' among the columns {list(row)}; is it {other[0]!r}? (Then rename it)")
         times = {name: as_whole(row, name) for name in ('time_start', 'time_end')}
-        return _class(row) | {'youtube_id': as_id(row, 'youtube_id'), **times}
+        return _class(row) | {'youtube_id': as_youtube(row, 'youtube_id'), **times}
     return tidied(file_rows(file, ('youtube_id',), ','), tidy)
 
 # %% ../../nbs/data/15_formats.ipynb #fm000017
@@ -254,7 +255,7 @@ def _sentence(
     name, text = row[video], row[caption]
     if not isinstance(name, str) or not name.strip(): raise ValueError(f'{video} {name!r:.60}: expected a name')
     if not isinstance(text, str) or not text.strip(): raise ValueError(f'{caption} {text!r:.60}: expected text')
-    return {'video': name, 'caption': text}
+    return {'video': name.strip(), 'caption': text}
 
 def _grouped(
     rows: Iterable[tuple[int, dict | str]], # of `_sentence`
@@ -326,8 +327,10 @@ def _lsmdc(file: Path) -> RowIterator:
     """
     for n, line in enumerate(read_text(file).split('\n'), 1):
         fields = line.split('\t')
-        if not line.strip() or fields[0] == '<CLIP_ID>': continue
-        if len(fields) == 6: yield n, {'video': fields[0].strip(), 'caption': fields[5].strip()}
+        if not line.strip() or fields[0].strip('<> ').upper() == 'CLIP_ID': continue
+        if len(fields) == 6 and fields[0].strip() and not re.search(r'\d\d\.\d+-\d\d', fields[0]):
+            yield n, f'expected a clip, film_start-end, found {fields[0]!r:.60}'
+        elif len(fields) == 6: yield n, {'video': fields[0].strip(), 'caption': fields[5].strip()}
         else: yield n, f'expected 6 fields between tabs, found {line!r:.100}'
 
 # %% ../../nbs/data/15_formats.ipynb #fm000034
@@ -342,10 +345,10 @@ def _msvd_corpus(
         try:
             if isinstance(row, str): raise ValueError(row)
             need(row, *_MSVD)
-            if str(row['Language']).strip() != 'English': continue
+            if as_text(row, 'Language').strip().lower() != 'english': continue
             if row['Description'] in (None, ''): empty += 1
             else:
-                name = '_'.join(as_id(row, part) for part in _MSVD[:3])
+                name = f"{as_youtube(row, 'VideoID')}_{as_whole(row, 'Start')}_{as_whole(row, 'End')}"
                 yield line, _sentence(row | {'video': name}, 'video', 'Description')
         except ValueError as e: yield line, str(e)
     if empty: logger.warning('%s: %d English descriptions are empty and left out', file, empty)

@@ -24,7 +24,7 @@ from .annotations import existing_clips
 from .captions import clean_text
 from .formats import find_format, format_names, read_text
 from .media import LoaderConfig, MediaDataset
-from .tables import Manifest, check_row, make_manifest
+from .tables import Manifest, absolute_path, check_row, make_manifest
 from .transforms import pair_transform
 
 # %% ../../nbs/data/21_galleries.ipynb #3d4a1089
@@ -79,6 +79,9 @@ def _row(
     if not captions or not all(isinstance(c, str) and c.strip() for c in captions):
         raise ValueError(f'caption {row.get("caption")!r:.100}: expected text')
     if not videos: raise ValueError('video []: expected a name')
+    for text in captions:
+        if '\0' in text: raise ValueError(f'caption {text!r:.100}: a zero byte')
+        text.encode() # ValueError for half a surrogate pair
     return [(v, _clip_path(v, layout)) for v in videos], [' '.join(captions)] if paragraph else captions
 
 # %% ../../nbs/data/21_galleries.ipynb #23fce63e
@@ -98,7 +101,7 @@ class _Places:
     def check(self, name: str, path: str):
         "`ValueError` for a path that leads out of the root, or on which another video lies"
         check_row({'path': path}, self.root, 'path', None)
-        if (other := self.names.setdefault(path, name)) != name:
+        if (other := self.names.setdefault(absolute_path(self.root, path), name)) != name:
             raise ValueError(f'{path!r} is the place of two videos, {other!r} and {name!r}; give another layout')
 
     def add(self, path: str) -> int: # its number

@@ -101,6 +101,7 @@ def check_labels(
     if not bad: return
     advice = f'write data.num_classes={labels.max() + 1}, or correct the labels'
     if labels.min() < 0: advice = 'labels count from 0'
+    if labels.min() == 1 and labels.max() == num_classes: advice = 'they count from 1, and are expected to count from 0'
     raise ValueError(f'{file}: {len(bad)} labels outside 0 .. {num_classes - 1} ({advice}):\n' + '\n'.join(bad[:50]))
 
 def count_classes(
@@ -118,6 +119,8 @@ def count_classes(
             '(or none: it is then counted), or give the names of all classes, data.classes')
     count = count if wanted is None else wanted
     check_labels(found.manifest, count, file)
+    if found.manifest.labels.min() > 0 and not found.names:
+        logger.warning(f'{file}: no clip of class 0; do the labels count from 1? They are expected to count from 0')
     return count
 
 # %% ../../nbs/data/22_labelled.ipynb #1cb899a8

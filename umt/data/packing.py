@@ -258,7 +258,7 @@ def read_source(
     if not is_url(place) and not os.path.exists(place): raise ValueError(f'{place}: no such list, or folder of shards')
     if config.captions: return read_captions(place, config.root)
     if is_url(place) or os.path.isdir(place): return read_shards(place)
-    return read_manifest(place, config.root)
+    return read_manifest(place, config.root, classes='sorted') # should labels be names
 
 def _claim(
     config: ShardsConfig, # of this run
@@ -296,6 +296,7 @@ def make_shards(
     "Make all shards that are not there yet. `DataError` if more clips are broken than allowed"
     manifest = read_source(config)
     _claim(config)
+    if manifest.classes: write_json(Path(config.out)/'classes.json', list(manifest.classes))
     n, step, notes = len(manifest), config.clips_per_shard, {}
     shards = {i: range(start, min(start + step, n)) for i, start in enumerate(range(0, n, step))}
     for i in tqdm(shards, 'checking', disable=None):

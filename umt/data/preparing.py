@@ -296,7 +296,9 @@ def _class_names(
     clips: Sequence[str], # all of them
 ) -> list[str]: # by number
     "The classes; `UsageError` if there are none"
-    if config.classes: return [line.strip() for line in Path(config.classes).read_text('utf-8-sig').splitlines()]
+    if config.classes:
+        from umt.data.annotations import read_classes
+        return read_classes(config.classes)
     names = sorted({class_of(path, config.labels) for path in clips} - {None})
     if not names: raise UsageError(f'umt list: error: {config.folder} has no folders to be classes: say --labels none')
     return names

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv, parquet
 
-from umt.core.delimited import (
-    BLOCK, Layout, ManifestError, check_file, count_wrong, encoding_of, header_layout, record, split_fields,
-    text_blocks)
+from ..core.delimited import (
+    BLOCK, Layout, ManifestError, check_file, count_wrong, encoding_of, header_layout, record, refuse_other_layouts,
+    split_fields, text_blocks, unique_object)
 
 # %% ../../nbs/data/11_rows.ipynb #e4e79a92
 def _split_list(
@@ -31,7 +31,7 @@ def _split_list(
 ) -> list[str]: # fields
     "Fields from the right, without the white space around them"
     line, separator = line.strip(), None if layout.separator == ' ' else layout.separator
-    if line.startswith('"') and layout.quote:
+    if '"' in line and layout.quote:
         fields = split_fields(line, layout.separator, spaces=layout.separator != ' ')
         if fields and len(fields) == layout.count: return fields
     return [field.strip() for field in line.rsplit(separator, layout.count - 1)]
@@ -39,8 +39,12 @@ def _split_list(
 def _list_separator(
     block: bytes, # the file's first lines
     count: int, # of fields
-) -> str: # ',' or ' '
-    "What fits more lines: so many fields, and the last one is a single word"
+) -> str: # ',', ' ' or '\t'
+    "What fits more lines: so many fields, and the last one is a single word. Tabs, if they are all that separates"
+    head = block[:1 << 20].rpartition(b'\n')[0]
+    if count > 1 and b'\t' in head and b' ' in head:
+        tabbed = re.compile(rb'\s*|[^\t]*[^\t\s][^\t]*(\t[^\t]*[^\t\s][^\t]*){%d}' % (count - 1))
+        if all(map(tabbed.fullmatch, head.split(b'\n'))): return '\t'
     if count == 1 or b',' not in block: return ' '
     if not re.search(rb'[ \t]', block): return ','
     lines, rest = pa.array(block.decode().split('\n'), pa.large_string()), count - 1
@@ -56,37 +60,6 @@ def _blank_separator(
     odd = [b'\n ', b'\n\t', b' \n', b'\t\n'] + [b'  ', b' \t', b'\t ', b'\t\t'] * (layout.count > 2)
     if block[:1] in (b' ', b'\t') or any(two in block for two in odd): return None
     return ' ' * (b' ' in block) + '\t' * (b'\t' in block) or ' '
-
-# %% ../../nbs/data/11_rows.ipynb #c2693d58
-_HEADERS = set("""path paths file files filename file_name filepath file_path video videos video_name video_path videoid
-    video_id youtube_id image images image_path clip clip_name name id ids uid index label labels class classes class_id
-    class_name target category action caption captions sentence text title url frames num_frames total_frames start end
-    start_frame end_frame time_start time_end start_time end_time split subset duration fps""".split())
-_OTHERS = { # what a line of another layout looks like: name, what it lists, pattern; by the number of fields expected
-    2: [('path num_frames label', 'folders of frames, as VideoMAE lists them', r'.*\S[\s,]+\d+[\s,]+\d+'),
-        ('path start end label', 'stretches of videos', r'.*\S[\s,]+[\d.]+[\s,]+[\d.]+[\s,]+\d+')],
-    1: [('path label', 'labelled clips', r'.*\.\w{2,4}[\s,]+\d+')]}
-_ID_TEXT = 'id;text', 'sentences, as of Something-Something V1', r'\d+;.*\D.*'
-
-def _refuse_other_layouts(
-    file: Path, # for the complaint
-    lines: Sequence[str], # its first ones
-    count: int, # of fields that are expected
-):
-    "`ManifestError` if most lines are of a layout of another tool, or the first one is a header with other names"
-    rows = [(n, line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
-    if not rows: return
-    number, line = rows[0]
-    names = [field.strip('" ').lower() for field in re.split(r'[,;\t]' if re.search(r'[,;\t]', line) else r'\s+', line)]
-    if set(names) <= _HEADERS and (len(names) > 1 or count == 1) and (len(rows) > 1 or len(names) > 1):
-        raise ManifestError(file, [(number, f'a header {names}, which lacks the column that is expected; say how it is '
-                                            'called (path=, label=), or rename it')])
-    for layout, what, pattern in [*reversed(_OTHERS.get(count, [])), _ID_TEXT]:
-        alike = sum(len(line) < 1000 and bool(re.fullmatch(pattern, line)) for _, line in rows) # longer ones take long
-        if 2 * alike <= len(rows): continue
-        expected = 'path label' if count == 2 else 'one field a line'
-        raise ManifestError(file, [(number, f"{line!r:.200}: the layout '{layout}' ({what}), which is not read here; "
-                                            f'expected {expected!r}, or columns= with the names of all fields')])
 
 # %% ../../nbs/data/11_rows.ipynb #r0b00012
 class Rows(NamedTuple):
@@ -146,6 +119,7 @@ def _arrow_table(
     try: table = csv.read_csv(pa.BufferReader(block), options, parse, convert)
     except pa.ArrowInvalid: return _list_table(block, layout) if layout.list else None
     if table.num_rows != block.count(b'\n'): return None
+    if layout.header and pc.any(pc.equal(table[-1], table.column_names[-1])).as_py(): return None # the header again?
     if not (layout.list or layout.spaces): return table
     return pa.table({name: pc.utf8_trim_whitespace(table[name]) for name in table.column_names})
 
@@ -186,12 +160,12 @@ def find_layout(
 ) -> Layout:
     "How the rows lie in a text file. `ManifestError` for a list of another tool"
     line = block[:block.index(b'\n')].decode()
-    for sep in (separator,) if separator else (',', '\t', ';'):
+    for sep in dict.fromkeys((separator or ',', ',', '\t', ';', '|')):
         layout = columns[0] in [name.strip('" ') for name in line.split(sep)] and header_layout(file, line, sep, True)
         if layout: return layout
     if not separator and columns[0] in line.split(): return Layout(tuple(line.split()), ' ', list=True)
     if len(columns) < 3 and separator != ';':
-        _refuse_other_layouts(file, block[:1 << 16].decode(errors='ignore').split('\n')[:1000], len(columns))
+        refuse_other_layouts(file, block[:1 << 16].decode(errors='ignore').split('\n')[:1000], len(columns))
     return Layout(tuple(columns), separator or _list_separator(block, len(columns)), header=False, list=True)
 
 # %% ../../nbs/data/11_rows.ipynb #r0b00026
@@ -205,6 +179,9 @@ def text_rows(
     form, rest, after = None, b'', 1
     for block, first, bad in text_blocks(file, size):
         if form is None:
+            blank = block.rfind(b'\n', 0, len(block) - len(block.lstrip())) + 1 if not bad else 0
+            block, first = block[blank:], first + block.count(b'\n', 0, blank)
+            if not block: continue
             form = layout(block)
             wanted = [name for name in wanted or () if name in form.names] or None
             if form.header: block, first = block[block.index(b'\n') + 1:], first + 1
@@ -224,16 +201,9 @@ def _row(
 ) -> dict | str: # row or complaint
     return entry if isinstance(entry, dict) else f'expected an object, found {entry!r:.100}'
 
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    "An object whose names are all different"
-    entry = dict(pairs)
-    if len(entry) == len(pairs): return entry
-    name = next(name for n, (name, _) in enumerate(pairs) if name in dict(pairs[:n]))
-    raise ValueError(f'several values of {name!r} in one object')
-
 def _no_number(text: str): raise ValueError(f'{text} is no number')
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_number)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_object, parse_constant=_no_number)
 
 def _json_wrong(
     error: Exception, # of the decoder

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import BinaryIO, NamedTuple
 
 # %% ../../nbs/data/13_samples.ipynb #5a3b0004
+from ..core.delimited import unique_object
 from ..core.tars import DamagedTar, tar_contents
 
 # %% ../../nbs/data/13_samples.ipynb #2b7e9183
@@ -57,7 +58,7 @@ def _object(
     name: str, # of the member
 ) -> dict:
     "A member's JSON object; `DamagedTar` names the member that holds none"
-    try: entry = json.loads(content.decode('utf-8-sig'))
+    try: entry = json.loads(content.decode('utf-8-sig'), object_pairs_hook=unique_object)
     except RecursionError: raise DamagedTar(f'{name}: nested too deeply') from None
     except ValueError as e: raise DamagedTar(f'{name}: not JSON ({e})') from None
     if not isinstance(entry, dict): raise DamagedTar(f'{name}: holds no object')
@@ -100,7 +101,11 @@ def shard_members(
 ) -> tuple[list[ShardMember], list[str]]: # media in the shard's order; members that belong to none, and why
     "Index a shard; `DamagedTar` if it is damaged. Nothing is unpacked, so no member can write anywhere"
     places, texts, left = tar_contents(file, size, lambda name: suffix_of(name) in _BESIDE)
-    beside = {(_keys(name)[0], suffix_of(name)): content for name, content in texts.items()}
+    beside = {}
+    for name, content in texts.items():
+        kind = _keys(name)[0], suffix_of(name)
+        if kind in beside: raise DamagedTar(f'{name} is there in another spelling')
+        beside[kind] = content
     about = {key: _object(data, f'{key}.json') for (key, kind), data in beside.items() if kind == 'json'}
     clips = _frame_clips(places, about)
     framed = {name for names in clips.values() for name in names}
@@ -115,7 +120,11 @@ def shard_members(
         name, more = f'{key}.frames' if frames else names[0], (beside.get((key, kind), b'') for kind in ('txt', 'cls'))
         entry = about.get(key, {})
         members.append(ShardMember(f'{shard}/{name}', medium, key, first, last + length - first, entry, *more, frames))
-    left += [name for name in places if not (_medium_of(name) or used & set(_keys(name)) or name.startswith('__'))]
+    def belongs(name): return _keys(name)[0] in used or suffix_of(name) not in _BESIDE and _keys(name)[1] in used
+    left += [name for name in places if not (_medium_of(name) or belongs(name) or name.startswith('__'))]
+    left += [f'{member.key}.txt (the .json has another caption, which counts)' for member in members
+             if isinstance(member.json.get('caption'), str) and member.text.strip()
+             and member.text.decode('utf-8-sig', 'replace').split() != member.json['caption'].split()]
     return sorted(members, key=lambda member: member.offset), left
 
 # %% ../../nbs/data/13_samples.ipynb #5a3b000d

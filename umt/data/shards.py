@@ -47,7 +47,7 @@ _OWN, _NOT_KEPT = 'json.', ('path', 'label', 'sample_id', 'caption') # prefix of
 def _integer(value: Any) -> int | None:
     "A label or an id; `ValueError` for what is no integer"
     if value is None: return None
-    if not isinstance(value, bool) and re.fullmatch(r'\s*-?\d{1,18}\s*', str(value)): return int(value)
+    if not isinstance(value, bool) and re.fullmatch(r'\s*-?[0-9]{1,18}\s*', str(value)): return int(value)
     raise ValueError(f'{value!r:.60}, expected an integer')
 
 def _label_of(member: ShardMember) -> int | None:
@@ -60,9 +60,10 @@ def _sentences_of(member: ShardMember) -> list[str] | None:
     "The sentences, of the .json or the .txt; `ValueError` if they are no text in UTF-8"
     caption = member.json.get('caption') or member.text.decode('utf-8-sig') or []
     sentences = [caption] if isinstance(caption, str) else caption
-    if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
-        raise ValueError(f'{caption!r:.100}, expected text')
-    for sentence in sentences: sentence.encode() # ValueError for half a surrogate pair, which Arrow cannot hold
+    of_text = isinstance(sentences, list) and {*map(type, sentences)} <= {str}
+    if not of_text: raise ValueError(f'{caption!r:.100}, expected text')
+    whole = ''.join(sentences).encode() # ValueError for half a surrogate pair, which Arrow cannot hold
+    if b'\0' in whole: raise ValueError(f'{caption!r:.100}: a zero byte; is it UTF-16?')
     return sentences or None
 
 def _origin_of(member: ShardMember) -> str | None:
@@ -211,8 +212,7 @@ def index_shards(
     index = _stored_index(folder, shards := _shards_of(folder))
     if index is None:
         with one_of_node(folder): index = _stored_index(folder, shards) or _make_index(folder, shards)
-    notes = {'left': 'members left out, they belong to no medium', 'mixed': 'fields of mixed types, kept as text'}
-    for kind, what in notes.items():
+    for kind, what in {'left': 'members left out', 'mixed': 'fields of mixed types, kept as text'}.items():
         if found := index.faults.get(kind): logger.warning('%s: %s:\n  %s', folder, what, '\n  '.join(found))
     if medium is None: return index
     of = pc.equal(index.table['medium'], medium)

@@ -39,7 +39,8 @@ from ..models.heads import Recognizer
 from ..models.student import SIZES, StudentConfig
 from . import recognition_recipes as recipes
 from .evaluators import accuracy, evaluate as evaluate_model, extract_features
-from .recognizers import WORDS, SavedStartConfig, StartConfig, build_model, build_saved, check_start
+from .recognizers import (
+    WORDS, SavedStartConfig, StartConfig, build_model, build_saved, check_start, init_names)
 from .task import Parts, Task, check_batch, check_init, dry_run as plan, main as run_command, run
 from ..training.distributed import InferenceConfig
 from ..training.loop import Evaluator, TrainConfig
@@ -213,7 +214,9 @@ class RecognitionEvaluation(Task):
             raise ValueError(f'an evaluation needs a fine-tuned init, not {config.start.init!r}')
         check_init(config.start.init)
 
-    def data(self, config): return read_test_clips(config)
+    def data(self, config):
+        known = config.data.annotations == 'list' and not config.data.classes # a list may hold a part of the classes
+        return read_test_clips(config, init_names(config.start, config.data.root) if known else None)
 
     def evaluate(self, config, data, model):
         model, differs = build_saved(config, data.names, data.num_classes)

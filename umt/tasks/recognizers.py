@@ -133,7 +133,8 @@ def carry_head(
         model.head.weight.copy_(start.head.weight[index])
         model.head.bias.copy_(start.head.bias[index])
     how = 'by name' if known else 'in their order, since names are not known'
-    logger.info(f'classifier: {new} of {old} rows taken over, {how}')
+    say = logger.warning if bool(names) != bool(old_names) and not known else logger.info
+    say(f'classifier: {new} of {old} rows taken over, {how}')
 
 # %% ../../nbs/tasks/04_recognizers.ipynb #6c7a1abe
 def init_names(

@@ -205,7 +205,7 @@ class Plan(NamedTuple):
     text: str # recipe, costs, problems
     problems: list[str] # why it would not begin
 
-USER_ERRORS = (ValueError, OSError, DataError) # of `check` and `data`
+USER_ERRORS = (ValueError, OSError, DataError, ModuleNotFoundError) # of `check` and `data`; an extra is missing
 
 def _attempt(fn: Callable, problems: list[str]) -> Any:
     "What `fn` returns; the message of a user's mistake goes to `problems`."
@@ -235,6 +235,12 @@ def _ours(error: BaseException) -> bool:
     library = 'site-packages' in file or file.startswith(sysconfig.get_path('stdlib'))
     return isinstance(error, OSError) or not library or module.split('.')[0] == 'umt'
 
+def _message(error: BaseException) -> str:
+    "What an error says; one of a loader's worker without the traceback that torch puts before it"
+    text, kind = str(error), type(error)
+    if not text.startswith('Caught '): return text
+    return text.partition(f'\n{kind.__module__}.{kind.__qualname__}: ')[2].strip() or text
+
 @contextmanager
 def one_line_errors(
     prog: str, # what the program is called
@@ -242,9 +248,9 @@ def one_line_errors(
     "Within the block a user's mistake raises `UsageError` with code 2, a run's failure with code 1: a line each."
     try: yield
     except (*USER_ERRORS, *RUN_ERRORS) as error:
-        if os.environ.get('UMT_DEBUG') == '1' or not _ours(error): raise
         failed = isinstance(error, RUN_ERRORS)
-        line = f'{prog}: {"failed" if failed else "error"}: {error}'
+        if os.environ.get('UMT_DEBUG') == '1' or not (failed or _ours(error)): raise
+        line = f'{prog}: {"failed" if failed else "error"}: {_message(error)}'
         raise UsageError(line, code=1 if failed else 2, show=is_main_process()) from None
 
 def main(
