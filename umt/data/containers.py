@@ -185,6 +185,14 @@ def _main_stream(container, source):
     if stream.codec_context is None: raise UnreadableVideo(source, 'FFmpeg does not know its codec')
     return stream
 
+def _demuxed(container, stream, size):
+    "Its packets. In long stretches that are none, such as zeros, FFmpeg pauses, and is asked again"
+    for _ in range(1 + size//2**15):
+        try:
+            yield from container.demux(stream)
+            return
+        except av.error.BlockingIOError: pass
+
 # %% ../../nbs/data/00_containers.ipynb #7bb39f8b
 @contextmanager
 def closed_on_error(
@@ -227,11 +235,7 @@ class Media:
     def packets(self):
         "Demuxes the video stream from where the container stands"
         self.fresh = False
-        for _ in range(1 + self.file.size//2**15): # FFmpeg pauses in long stretches that are no packets, such as zeros
-            try:
-                yield from self.container.demux(self.stream)
-                return
-            except av.error.BlockingIOError: pass
+        return _demuxed(self.container, self.stream, self.file.size)
 
     def close(self):
         if self.container is not None: self.container.close()

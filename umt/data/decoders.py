@@ -172,9 +172,10 @@ def _refusal(backend, media, index):
     if stream.codec_context.pix_fmt not in PLAIN: return f'pixels of format {stream.codec_context.pix_fmt}'
     if stream.codec_context.colorspace not in (1, 2, 5, 6) or stream.codec_context.color_range == 2:
         return 'its colours'
-    if index.evidence != 'packets' or not index.sure: return 'frames that are only known by decoding'
+    if index.keys is None: return 'frames that are only known by decoding'
     if index.hidden: return 'an edit list'
     if (index.keys[:, 2] != index.keys[:, 1]).any(): return 'open groups of pictures'
+    if index.evidence != 'packets' or not index.sure: return 'key frames from which decoding may not begin'
     if index.times[0] < 0 or index.times[-1] >= 2**31: return 'its time stamps'
     steps = np.diff(index.times)
     if len(steps) and steps.max() - steps.min() > 1: return 'a frame rate that varies'

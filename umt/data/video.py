@@ -25,6 +25,13 @@ _all_ = ['BackendRefused', 'EmptyVideo', 'LinkError', 'MissingVideo', 'NoVideoSt
          'UnreadableVideo', 'Source', 'Limits', 'VideoInfo', 'probe', 'BACKENDS', 'describe_backends'] # all from here
 
 # %% ../../nbs/data/03_video.ipynb #v1de0a02
+def _opened(source, backend, num_threads, length, limits):
+    "The reader of a source"
+    if backend not in BACKENDS: raise ValueError(f'backend {backend!r}: expected one of {list(BACKENDS)}')
+    with typed(source, 'cannot be read'):
+        if source.frames: return JpegDecoder(source, limits)
+        return BACKENDS[backend](source, num_threads, length, limits)
+
 def kind_of(
     reader, # of `BACKENDS`, or for JPEG frames
 ) -> str: # codec and container
@@ -41,11 +48,8 @@ class VideoReader:
         length: int | None = None, # number of frames, where a list says it: saves counting. None: counted
         limits: Limits = Limits(), # checked before memory is taken
     ):
-        if backend not in BACKENDS: raise ValueError(f'backend {backend!r}: expected one of {list(BACKENDS)}')
         self.source = as_source(source)
-        with typed(self.source, 'cannot be read'):
-            if self.source.frames: self._reader = JpegDecoder(self.source, limits)
-            else: self._reader = BACKENDS[backend](self.source, num_threads, length, limits)
+        self._reader = _opened(self.source, backend, num_threads, length, limits)
 
     @property
     def length(self) -> int: return self._reader.length # frames that FFmpeg shows
