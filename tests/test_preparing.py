@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from test_watching import ends
 
 from umt.core.config import UsageError
 from umt.data import emoji_motion
@@ -26,6 +27,7 @@ from umt.data.preparing import MEASURES, class_of, each_in_a_process, find_clips
 from umt.data.preparing import main as make_list
 from umt.data.captions import read_captions, write_captions
 from umt.data.containers import Source
+from umt.data.measuring import main as measure_reading
 from umt.data.shards import read_shards
 from umt.data.tables import read_manifest
 
@@ -63,9 +65,11 @@ def test_odd_names_and_files(folder, capsys):
     good = next(folder.rglob('*.mp4'))
     odd = folder/'odd, "quoted"'
     odd.mkdir()
-    for name in ('a b.mp4', 'x,y.mp4', 'ü.mp4', 'UP.MP4', "it's.mp4", 'v.1.mp4', ' lead.mp4'):
-        shutil.copy(good, odd/name)
-    for name in (b'caf\xe9.mp4', b'two\nlines.mp4'): shutil.copy(good, os.fsencode(odd) + b'/' + name)
+    listed = ['a b.mp4', 'x,y.mp4', 'ü.mp4', 'u\u0308.mp4', 'UP.MP4', "it's.mp4", 'v.1.mp4', ' lead.mp4', '"q.mp4',
+              '$HOME.mp4', '#1.mp4', '=1+1.mp4', 'a;b.mp4', 'back\\slash.mp4', 'http:x.mp4', '日本\u3000語.mp4',
+              '👨\u200d👩.mp4', 'n\xa0b.mp4', '\ufeffbom.mp4', '*?[a].mp4']
+    for name in listed: shutil.copy(good, odd/name)
+    for name in (b'caf\xe9.mp4', b'two\nlines.mp4', b'cr\r.mp4'): shutil.copy(good, os.fsencode(odd) + b'/' + name)
     (odd/'empty.mp4').touch()
     (odd/'text.mp4').write_text('not a video')
     (odd/'cut.mp4').write_bytes(good.read_bytes()[:900])
@@ -77,17 +81,19 @@ def test_odd_names_and_files(folder, capsys):
     shutil.copy(good, folder/'homeless.mp4')
     make_list([str(folder), '--processes', '1'])
     made = read_manifest(folder/'list.csv')
-    assert len(made) == 12 + 7 and list(made.columns) == list(MEASURES)
+    assert len(made) == 12 + 20 and list(made.columns) == list(MEASURES)
+    read = {Path(path).name for path in made.paths.to_pylist() if path.startswith('odd, "quoted"/')}
+    assert read == set(listed) and all(os.path.isfile(made.source(i).path) for i in range(len(made)))
     assert set(made.columns['num_frames'].to_pylist()) in ({'12'}, {12})
     names = (folder/'list.classes.txt').read_text().splitlines()
     assert [names[label] for label in made.labels] == [class_of(path, 'folder') for path in made.paths.to_pylist()]
     broken = report(folder)
     inside = {Path(path).name for path in broken}
-    assert inside == {'caf\\xe9.mp4', 'two\nlines.mp4', 'empty.mp4', 'text.mp4', 'cut.mp4', 'loop.mp4', 'pipe.mp4',
+    assert inside == {'caf\\xe9.mp4', 'two\nlines.mp4', 'cr\r.mp4', 'empty.mp4', 'text.mp4', 'cut.mp4', 'loop.mp4', 'pipe.mp4',
                       'linked', 'homeless.mp4'}
     assert broken['homeless.mp4'][0] == 'NoClass' and 'UTF-8' in broken['odd, "quoted"/caf\\xe9.mp4'][1]
     printed = capsys.readouterr().out
-    assert '19 clips' in printed and '9 broken' in printed and '1 .txt' in printed
+    assert '32 clips' in printed and '10 broken' in printed and '1 .txt' in printed
 
 
 def test_labels_and_classes(folder, tmp_path):
@@ -149,6 +155,37 @@ def test_a_task_that_hangs_or_kills_costs_itself_alone():
     assert [(o.error, o.reason) for o in deaths] == [('DecoderCrash', 'the process ended with code 3'),
                                                      ('DecoderCrash', 'the process ended with code 4')]
     assert list(each_in_a_process(time.sleep, [], 2, 1.)) == []
+
+
+BARE = '''
+import time
+from umt.data.preparing import each_in_a_process
+for outcome in each_in_a_process(time.sleep, [0, 1000, 1000], 3, 500.): print(outcome.error, flush=True)
+'''
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_processes_that_hang_end_with_their_parent(tmp_path, number):
+    "In a script that is not guarded against being imported, too"
+    (tmp_path/'script.py').write_text(BARE)
+    run = subprocess.Popen([sys.executable, tmp_path/'script.py'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert run.stdout.readline() == b'\n'
+    time.sleep(.5)
+    children = [int(pid) for pid in Path(f'/proc/{run.pid}/task/{run.pid}/children').read_text().split()]
+    run.send_signal(number)
+    assert run.wait(60) == -number and len(children) == 3 and all(map(ends, children))
+
+
+def test_a_large_answer_comes_whole_and_noise_harms_nobody():
+    "What libraries print fills no pipe; bytes come beside the value"
+    for n, outcome in zip((1, 5 << 20, 2), each_in_a_process(noisy, [1, 5 << 20, 2], 1, 60.)):
+        assert outcome == ({'n': n}, '', '', (b'', b'x' * n, b'y'))
+
+
+def noisy(n):
+    os.write(2, b'warning\n' * 50_000)
+    print('z' * 100_000)
+    return {'n': n}, [b'', b'x' * n, b'y']
 
 
 def test_interrupt_says_so_and_goes_on(folder):
@@ -316,3 +353,17 @@ def test_key_frames_lie_as_close_as_asked(tmp_path):
     source = film(tmp_path/'a.mp4', [i / 30 for i in range(31)])
     data, _ = encode(source, ShardsConfig(source='x', gop=10))
     assert sum(frame.key_frame for _, frame in shown_frames(Source('a', content=data))) >= 4
+
+
+def test_measuring_what_cannot_be_read(tmp_path, capsys):
+    (tmp_path/'a.mp4').write_text('no video')
+    (tmp_path/'list.csv').write_text('path,label\na.mp4,0\n')
+    measure_reading(['--list', str(tmp_path/'list.csv'), '--device-rate', '4200'])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[row.index('nan') - 2:row.index('nan')] for row in rows if 'nan' in row] == [['0', '1']] * 4
+    for wrong, said in ((['--clips', '0'], "'0', expected a whole number"), (['--image-size', 'x'], "'x', expected")):
+        with pytest.raises(SystemExit): measure_reading(['--list', str(tmp_path/'list.csv'), *wrong])
+        assert said in capsys.readouterr().err
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(SystemExit): measure_reading(['--list', str(tmp_path/'empty')])
+    assert 'no clips' in capsys.readouterr().err
