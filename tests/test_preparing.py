@@ -89,8 +89,8 @@ def test_odd_names_and_files(folder, capsys):
     assert [names[label] for label in made.labels] == [class_of(path, 'folder') for path in made.paths.to_pylist()]
     broken = report(folder)
     inside = {Path(path).name for path in broken}
-    assert inside == {'caf\\xe9.mp4', 'two\nlines.mp4', 'cr\r.mp4', 'empty.mp4', 'text.mp4', 'cut.mp4', 'loop.mp4', 'pipe.mp4',
-                      'linked', 'homeless.mp4'}
+    assert inside == {'caf\\xe9.mp4', 'two\nlines.mp4', 'cr\r.mp4', 'empty.mp4', 'text.mp4', 'cut.mp4', 'loop.mp4',
+                      'pipe.mp4', 'linked', 'homeless.mp4'}
     assert broken['homeless.mp4'][0] == 'NoClass' and 'UTF-8' in broken['odd, "quoted"/caf\\xe9.mp4'][1]
     printed = capsys.readouterr().out
     assert '32 clips' in printed and '10 broken' in printed and '1 .txt' in printed

@@ -147,8 +147,8 @@ def check_path(
     path: object, # of a row
     name: str = 'path', # of its column
 ):
-    """`ValueError` for a path that is none, that leads out of the root, or that looks like something else (a comment, an
-    address, two fields, Windows separators) where no file has this name"""
+    """`ValueError` for a path that is none, that leads out of the root, or that looks like something else (a comment,
+    an address, two fields, Windows separators) where no file has this name"""
     if not isinstance(path, str) or not path or re.search('[\0\ufffd\ud800-\udfff]', path):
         raise ValueError(f'{name} {path!r}: expected a path in UTF-8')
     if path.endswith('/'): raise ValueError(f'{name} {path!r}: a folder, expected a file')
