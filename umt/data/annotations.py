@@ -26,7 +26,8 @@ from ..core.delimited import ManifestError
 from ..core.stores import is_url
 from .formats import Format, find_format, format_names, read_json, read_text
 from .shards import ShardManifest, read_shards
-from .tables import Manifest, absolute_path, check_row, listed_name, make_manifest, other_form, read_manifest
+from .tables import (
+    Manifest, absolute_path, check_row, listed, listed_name, make_manifest, other_form, read_manifest)
 
 logger = logging.getLogger(__name__)
 
@@ -312,14 +313,6 @@ def _is_file(
     try: return entry.is_file()
     except OSError: return True
 
-def _files(
-    folder: str, # absolute
-) -> set[str]: # names of the files in it; links count if they lead to one
-    "What is in a folder, nothing if there is no such folder"
-    try:
-        with os.scandir(folder) as entries: return {entry.name for entry in entries if _is_file(entry)}
-    except (FileNotFoundError, NotADirectoryError): return set()
-
 # %% ../../nbs/data/16_annotations.ipynb #20424443
 def existing_clips(
     manifest: Manifest, # clips under a root
@@ -327,6 +320,6 @@ def existing_clips(
     "Leave out the clips that are missing"
     if isinstance(manifest, ShardManifest): return manifest, [] # made from what is in the shards
     paths = [os.path.split(absolute_path(manifest.root, path)) for path in manifest.paths.to_pylist()]
-    files = {folder: _files(other_form(manifest.root, folder)) for folder in {folder for folder, _ in paths}}
+    files = {folder: listed(other_form(manifest.root, folder), _is_file) for folder in {folder for folder, _ in paths}}
     there = np.array([listed_name(name, files[folder]) is not None for folder, name in paths], bool)
     return manifest.subset(np.flatnonzero(there)), manifest.paths.filter(pa.array(~there)).to_pylist()

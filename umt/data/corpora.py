@@ -20,15 +20,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..core.columns import one_array
 from ..core.config import did_you_mean
 from ..core.delimited import ManifestError
 from ..core.stores import is_url
-from .caption_formats import listed
-from .captions import MEDIA, caption_manifest, medium_path, one_array, read_captions, share_ids
+from . import caption_formats # noqa: F401 (its readers register themselves)
+from .captions import MEDIA, caption_manifest, medium_path, read_captions, share_ids
 from .formats import find_format
 from .rows import Rows
 from .shards import ShardManifest
-from .tables import DataError, Manifest, absolute_path, listed_name, other_form, shared_manifest
+from .tables import DataError, Manifest, absolute_path, listed, listed_name, other_form, shared_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -124,14 +125,15 @@ def _published(
                          'since the file names no files')
     fields = _fields(layout)
     rows = form.read(file, root, [name for name in fields if medium != 'url'])
-    columns = {name: partial(one_array, rows.table[name], rows.table[name].type) for name in rows.table.column_names}
+    columns = {name: partial(one_array, rows.table[name]) for name in rows.table.column_names}
     if medium == 'url': columns = _of_url(columns['url']())
     try: paths = _lay_out(layout, columns)
     except ValueError as e: raise e if given else ManifestError(file, [*rows.bad, (1, str(e))]) from e
     bad = [*rows.bad, *_lacking(rows, fields)]
     if medium and not {medium, 'index'} & set(fields):
-        bad += _clashes(paths, one_array(rows.table[medium]), rows.lines)
-    return {'paths': paths, 'captions': one_array(rows.table['caption']), 'lines': rows.lines, 'bad': bad}
+        bad += _clashes(paths, one_array(rows.table[medium], pa.large_string()), rows.lines)
+    captions = one_array(rows.table['caption'], pa.large_string())
+    return {'paths': paths, 'captions': captions, 'lines': rows.lines, 'bad': bad}
 
 # %% ../../nbs/data/19_corpora.ipynb #63ed97c3
 def read_published(

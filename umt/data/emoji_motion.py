@@ -28,7 +28,7 @@ from PIL import Image
 from ..core.extras import need
 
 # %% ../../nbs/data/10_emoji_motion.ipynb #4009aa9f
-from ..core.files import complete
+from ..core.files import complete, read_json
 from ..core.log import logger
 from .emoji_scenes import (
     ACTIONS, CATEGORIES, ClipSpec, SCENES, SPLITS, VERSION, boxes, captions, clip_spec, objects, pose, questions,
@@ -165,7 +165,7 @@ def _claim(root: Path, config: dict) -> bool:
         if any(not _of_stills(p) for p in root.iterdir()):
             raise ValueError(f'{root}: not empty, and no config.json of EmojiMotion')
         _write(path, json.dumps(config, indent=1))
-    if differ := _differences(json.loads(path.read_text()), config):
+    if differ := _differences(read_json(path), config):
         raise ValueError(f'{root} holds another EmojiMotion: {differ}')
     return (root / 'complete').exists()
 
@@ -278,10 +278,10 @@ def generate_stills(
     with open(root / '.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         path, file = root / f'stills_{split}.json', root / f'captions_stills_{split}.json'
-        found = json.loads(path.read_text()) if path.exists() else shape
+        found = read_json(path) if path.exists() else shape
         if differ := _differences({name: found.get(name) for name in shape}, shape):
             raise ValueError(f'{path} is of other stills: {differ}')
-        if not file.exists() or len(json.loads(file.read_text())) != n:
+        if not file.exists() or len(read_json(file, list)) != n:
             _write(path, json.dumps(shape))
             _fill_stills(root, n, split, shape, os.cpu_count() if num_workers is None else num_workers)
     return file
@@ -315,10 +315,10 @@ def emoji_motion_missing(
         names = 'seed', 'num_objects', 'image_size', 'num_frames', 'fps'
         shape = {name: inspect.signature(generate).parameters[name].default for name in names}
         wanted = dict(version=VERSION, num_clips=_shared_out(num_clips), **shape)
-        if differ := _differences(json.loads((root/'config.json').read_text()), wanted):
+        if differ := _differences(read_json(root/'config.json'), wanted):
             raise ValueError(f'{root} holds another EmojiMotion: {differ}')
     stills = root/'captions_stills_train.json'
-    enough = not num_stills or stills.exists() and len(json.loads(stills.read_text())) == num_stills
+    enough = not num_stills or stills.exists() and len(read_json(stills, list)) == num_stills
     return not enough or bool(num_clips) and not (root/'complete').exists()
 
 # %% ../../nbs/data/10_emoji_motion.ipynb #e3a10004

@@ -29,7 +29,7 @@ from pyarrow import parquet
 
 # %% ../../nbs/data/14_shards.ipynb #15641c2f
 from .samples import MOVING_IMAGES, ShardMember, medium_suffix, shard_members
-from ..core.columns import one_of_node
+from ..core.columns import one_array, one_of_node
 from ..core.stores import is_url, list_files, local_or_url, open_file, read_file, read_stretch, write_file
 from ..core.tars import DamagedTar, add_member
 from .containers import Limits, Source, UnreadableVideo
@@ -270,17 +270,13 @@ class ShardManifest(Manifest):
         return replace(super().subset(at), offsets=self.offsets[at], sizes=self.sizes[at], frames=frames)
 
 # %% ../../nbs/data/14_shards.ipynb #5a9d0009
-def _one(column: pa.ChunkedArray) -> pa.Array:
-    "A table's column as a single array"
-    return pa.concat_arrays([pa.array([], column.type), *column.chunks])
-
 def _sample_ids(
     folder: str, # for complaints
     table: pa.Table, # of an index
     first_id: int, # where there are none
 ) -> np.ndarray: # int64
     "Ids of the .json files, or a count. `DataError` if some have none, or if two media have one"
-    ids, paths = _one(table['sample_id']), table['path']
+    ids, paths = one_array(table['sample_id']), table['path']
     if ids.null_count == len(ids): return np.arange(first_id, first_id + len(ids))
     if ids.null_count:
         without, having = (paths.filter(mask)[0] for mask in (ids.is_null(), ids.is_valid()))
@@ -302,11 +298,11 @@ def shard_manifest(
     "An index as a manifest. `DataError` for ids that cannot be used"
     folder, table = local_or_url(folder), index.table
     if wrong := index.faults.get('sample_id'): raise DataError('\n  '.join([f'{folder}: faulty sample ids:', *wrong]))
-    ids, frames = _sample_ids(folder, table, first_id), _one(table['frames'])
+    ids, frames = _sample_ids(folder, table, first_id), one_array(table['frames'])
     labels = np.full(len(table), -1) if labels is None else labels
-    place = _one(table['offset']).to_numpy(), _one(table['size']).to_numpy()
+    place = one_array(table['offset']).to_numpy(), one_array(table['size']).to_numpy()
     if frames.null_count == len(frames): frames = None
-    return ShardManifest(folder, _one(table['path']), labels, ids, columns, *place, frames)
+    return ShardManifest(folder, one_array(table['path']), labels, ids, columns, *place, frames)
 
 # %% ../../nbs/data/14_shards.ipynb #5a9d000a
 def read_shards(
@@ -319,11 +315,11 @@ def read_shards(
     if not len(table): raise DataError(f'{folder}: no clips in {index.shards} shards')
     if wrong := index.faults.get('label'):
         raise DataError('\n  '.join([f'{folder}: labels are numbers of classes, counted from 0:', *wrong]))
-    labels = _one(table['label'])
+    labels = one_array(table['label'])
     if 0 < labels.null_count < len(labels):
         first = table['path'].filter(labels.is_null())[0]
         logger.warning('%s: %d of %d clips have no label, such as %s', folder, labels.null_count, len(table), first)
-    columns = {name.removeprefix(_OWN): _one(table[name]) for name in table.column_names[len(_FIELDS):]
+    columns = {name.removeprefix(_OWN): one_array(table[name]) for name in table.column_names[len(_FIELDS):]
                if table[name].null_count < len(table)}
     if table['caption'].null_count < len(table): columns['caption'] = _captions(table)
     return shard_manifest(folder, index, columns, pc.fill_null(labels, -1).to_numpy())
@@ -332,7 +328,7 @@ def _captions(
     table: pa.Table, # of an index
 ) -> pa.Array: # large_string where every medium has one sentence at most, else large_list of it
     "The column 'caption' as a manifest has it"
-    captions = _one(table['caption'])
+    captions = one_array(table['caption'])
     lengths = pc.fill_null(pc.list_value_length(captions), 0)
     if len(captions) and pc.max(lengths).as_py() > 1: return captions
     return pc.if_else(pc.equal(lengths, 1), pc.list_element(pc.if_else(pc.equal(lengths, 1), captions, pa.scalar(

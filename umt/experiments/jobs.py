@@ -18,7 +18,7 @@ from typing import IO
 import torch.distributed as dist
 
 # %% ../../nbs/experiments/01_jobs.ipynb #09b3136f
-from ..core.files import file_hash, write_json
+from ..core.files import file_hash, read_json, write_json
 from ..core.log import is_main_process
 from ..core.signals import Preempted
 
@@ -55,9 +55,9 @@ def prepare(
     "Write down what a run is to do. ValueError, with what differs, if the folder holds another run."
     folder.mkdir(parents=True, exist_ok=True)
     config_file, run_file = folder/'config.json', folder/'run.json'
-    stored = json.loads(config_file.read_text()) if config_file.exists() else None
+    stored = read_json(config_file) if config_file.exists() else None
     if run_file.exists():
-        run = json.loads(run_file.read_text())
+        run = read_json(run_file)
         _refuse_another_run(folder, {'module': run['module']}, {'module': module})
         if identity is None: _refuse_another_run(folder, stored or config, config)
         else: _refuse_another_run(folder, run.get('identity') or {}, json.loads(json.dumps(identity)))
@@ -128,7 +128,7 @@ def changed_inputs(
     folder: Path, # of a prepared run
 ) -> list[str]: # the files whose content is not what it was
     "Which inputs of a run have changed since it was prepared."
-    inputs = json.loads((folder/'run.json').read_text()).get('inputs') or {}
+    inputs = read_json(folder/'run.json').get('inputs') or {}
     return [name for name, digest in inputs.items() if not Path(name).is_file() or file_hash(Path(name)) != digest]
 
 def _run_module(folder: Path):
@@ -136,7 +136,7 @@ def _run_module(folder: Path):
     if changed := changed_inputs(folder):
         names = ', '.join(changed)
         raise ValueError(f'{names}: changed since {folder.name} was named after it; execute the table again')
-    module = json.loads((folder/'run.json').read_text())['module']
+    module = read_json(folder/'run.json')['module']
     importlib.import_module(module).main(['--config', str(folder/'config.json')])
 
 # %% ../../nbs/experiments/01_jobs.ipynb #e482a41e

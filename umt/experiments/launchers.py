@@ -7,7 +7,7 @@ __all__ = ['LAUNCHERS', 'Inline', 'start_process', 'Local', 'last_lines', 'progr
            'check_launcher', 'make_launcher', 'run_parallel', 'launch']
 
 # %% ../../nbs/experiments/03_launchers.ipynb #3e4874a5
-import ctypes, inspect, json, os, signal, subprocess, sys, time
+import ctypes, inspect, os, signal, subprocess, sys, time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,6 +18,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/experiments/03_launchers.ipynb #f5bfe8df
 from ..core.config import coerce, did_you_mean
+from ..core.files import read_json
 from .jobs import Job, command, execute, holder, note_holder, try_lock
 from .slurm import Slurm, slurm_options
 
@@ -125,7 +126,7 @@ def last_lines(
         text = path.read_text(errors='replace').strip() if path.exists() else ''
         if text: return '\n'.join(text.splitlines()[-n:])
     failed = folder/'failed.json'
-    return json.loads(failed.read_text())['error'] if failed.exists() else '(no log)'
+    return read_json(failed)['error'] if failed.exists() else '(no log)'
 
 # %% ../../nbs/experiments/03_launchers.ipynb #606a0ef0
 def progress(

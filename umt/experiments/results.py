@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 # %% ../../nbs/experiments/06_results.ipynb #d838ceca
-from ..core.files import write_json
+from ..core.files import read_json, write_json
 from ..data.transforms import as_shown
 from .runs import NUMERICS, Chain, Plan, option_of
 from .statistics import Interval, equal_verdict, interval, verdict
@@ -23,7 +23,7 @@ from .statistics import Interval, equal_verdict, interval, verdict
 # %% ../../nbs/experiments/06_results.ipynb #3ff76c5a
 def _origin(folders: Sequence[Path]) -> dict:
     "Commit, hardware and training hours of the runs behind one number."
-    def read(name): return [json.loads(file.read_text()) for folder in folders for file in folder.rglob(name)]
+    def read(name): return [read_json(file, object) for folder in folders for file in folder.rglob(name)]
     starts = [start for file in read('environment.json') for start in file]
     commits = {s['git']['commit'][:10] + ('+' if s['git']['changed_files'] else '') for s in starts if s.get('git')}
     devices = {start['device'] for start in starts}
@@ -34,7 +34,7 @@ def _made_with(folders: Iterable[Path]) -> dict[str, set[str]]:
     "name ('code', 'torch', ...) -> the versions that the runs were made with."
     found = {}
     for folder in folders:
-        for name, version in (json.loads((folder/'run.json').read_text()).get('made_with') or {}).items():
+        for name, version in (read_json(folder/'run.json').get('made_with') or {}).items():
             if name == 'code': name, version = f'code of {folder.name.partition("-")[0]}', version[:8]
             found.setdefault(name, set()).add(version)
     return found
@@ -47,7 +47,7 @@ def values(
 ) -> dict[int, float]: # seed -> value, of the seeds that are done
     "One number per seed."
     files = {seed: planned.folders[row, task, seed][-1]/'evaluation.json' for seed in planned.seeds}
-    return {seed: json.loads(f.read_text())[metric] for seed, f in files.items() if f.with_name('done.json').exists()}
+    return {seed: read_json(f)[metric] for seed, f in files.items() if f.with_name('done.json').exists()}
 
 # %% ../../nbs/experiments/06_results.ipynb #37b330e7
 def table(
@@ -152,7 +152,7 @@ def costs(
     for row in planned.rows:
         chains = [chain for (name, _, _), chain in planned.folders.items() if name == row and len(chain) > which + 1]
         files = [chain/'result.json' for chain in dict.fromkeys(chain[which] for chain in chains)]
-        results = [json.loads(file.read_text()) for file in files if file.exists()]
+        results = [read_json(file) for file in files if file.exists()]
         if results: lines[row] = {name: sum(r[name] for r in results) / len(results) for name in columns}
     return pd.DataFrame(lines).T
 
@@ -171,7 +171,7 @@ def load_table(
     path: str | Path, # of `save_table`
 ) -> tuple[pd.DataFrame, dict]: # the table, and the rest
     "Read a table back."
-    about = json.loads(Path(path).read_text())
+    about = read_json(path)
     return pd.DataFrame(about.pop('table')), about
 
 # %% ../../nbs/experiments/06_results.ipynb #9de58466
@@ -194,7 +194,7 @@ def stored_numerics(
     path: str | Path, # of a table's JSON file, or of a notebook with outputs
 ) -> int: # 1 where it does not say
     "The numerics version that stored results were made with."
-    content = json.loads(Path(path).read_text())
+    content = read_json(path)
     if 'table' in content: return content.get('numerics', 1)
     texts = [''.join(output.get('text', '')) for cell in content['cells'] for output in cell.get('outputs', [])]
     found = re.search(r'^numerics (\d+)$', '\n'.join(texts), re.M)
@@ -205,7 +205,7 @@ def stale_results(
 ) -> dict[str, int]: # file -> numerics version
     "Stored results and notebooks with outputs that were made with another numerics version than the package has now."
     tables = sorted(Path(folder).glob('results/*.json'))
-    def has_outputs(path): return any(cell.get('outputs') for cell in json.loads(path.read_text())['cells'])
+    def has_outputs(path): return any(cell.get('outputs') for cell in read_json(path)['cells'])
     notebooks = [path for path in sorted(Path(folder).glob('*.ipynb')) if has_outputs(path)]
     found = {str(path.relative_to(folder)): stored_numerics(path) for path in [*tables, *notebooks]}
     return {name: version for name, version in found.items() if version != NUMERICS}

@@ -16,7 +16,7 @@ from typing import Any
 
 # %% ../../nbs/experiments/04_runs.ipynb #04dd29b7
 from ..core.config import NUMERICS, Config, config_dict, leaves, override
-from ..core.files import file_hash
+from ..core.files import file_hash, read_json
 from ..core.runs import PACKAGES
 from .jobs import Job, prepare
 from .launchers import make_launcher, run_jobs
@@ -181,7 +181,7 @@ class Plan:
         "In which code and packages finished runs differ from what runs would be made with now."
         found = {}
         for folder in dict.fromkeys(folder for chain in self.folders.values() for folder in chain):
-            run = json.loads((folder/'run.json').read_text())
+            run = read_json(folder/'run.json')
             if not (folder/'done.json').exists() or 'made_with' not in run: continue
             for name, now in made_with(run['module']).items():
                 then = run['made_with'].get(name)

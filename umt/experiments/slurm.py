@@ -9,7 +9,7 @@ __all__ = ['CLUSTER_VARIABLES', 'SITE_DEFAULTS', 'OF_AN_ALLOCATION', 'SBATCH_OPT
            'state_of', 'Slurm']
 
 # %% ../../nbs/experiments/02_slurm.ipynb #eefd928c
-import json, logging, math, os, re, shutil, signal, subprocess, time
+import logging, math, os, re, shutil, signal, subprocess, time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from fastcore.basics import patch
 # %% ../../nbs/experiments/02_slurm.ipynb #2d7f24bd
 from ..core.config import did_you_mean
 from ..core.extras import need
-from ..core.files import write_json
+from ..core.files import read_json, write_json
 from ..core.signals import Preempted
 from .jobs import Job, execute
 
@@ -122,7 +122,7 @@ def queued_as(
 ) -> str | None: # job id
     "As what a job was submitted last."
     file = job.home/'slurm.json'
-    noted = json.loads(file.read_text()) if file.exists() else {}
+    noted = read_json(file) if file.exists() else {}
     if here is None or noted.get('job_id') in here: return noted.get('job_id')
     if 'job_id' in noted or 'name' not in noted: return None
     ends = f'_{noted["index"]}' if noted['of'] > 1 else ''
