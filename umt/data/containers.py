@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAULTS', 'FORMATS', 'VideoError', 'MissingVideo', 'UnreadableVideo', 'EmptyVideo', 'NoVideoStream', 'TruncatedVideo',
-           'LinkError', 'BackendRefused', 'Source', 'printable', 'as_source', 'Limits', 'check_size', 'typed',
-           'MediaFile', 'open_container', 'closed_on_error', 'Media']
+           'LinkError', 'BackendRefused', 'Source', 'printable', 'as_source', 'Limits', 'check_indices', 'check_size',
+           'typed', 'closed_on_error', 'MediaFile', 'open_container', 'Media']
 
 # %% ../../nbs/data/00_containers.ipynb #c0a10003
 import io
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import av
+import numpy as np
 
 # %% ../../nbs/data/00_containers.ipynb #75a4046e
 class VideoError(RuntimeError):
@@ -70,6 +71,19 @@ class Limits(NamedTuple):
     image_pixels: int = 2**26 # of an image: 8192 x 8192 is allowed
     bytes: int = 2**32 # of a medium that is read into memory, such as a member of a shard
 
+def check_indices(
+    indices, # a list of integers
+    length: int, # number of frames
+    name, # of the file, for the message
+) -> np.ndarray: # int64 [T]
+    "`ValueError` for anything but a non-empty list of integers, `IndexError` for one outside the video"
+    found = np.asarray(indices)
+    if found.ndim != 1 or found.size == 0 or not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(f'{name}: indices must be a non-empty list of integers, not {indices!r}')
+    if found.min() < 0 or found.max() >= length:
+        raise IndexError(f'{name}: indices {found.min()}..{found.max()} of a video with {length} frames')
+    return found
+
 def check_size(
     source: Source, # for the message
     width: int, # pixels
@@ -99,6 +113,17 @@ def typed(
         reason = getattr(e, 'strerror', None) or str(e) or type(e).__name__
         raise kind(name, f'{doing} ({reason.split(" <_io")[0]})') from e
 
+# %% ../../nbs/data/00_containers.ipynb #7bb39f8b
+@contextmanager
+def closed_on_error(
+    opened, # what has `close`
+):
+    "Context: what fails is closed"
+    try: yield
+    except BaseException:
+        opened.close()
+        raise
+
 # %% ../../nbs/data/00_containers.ipynb #6e6c8a51
 class MediaFile:
     "The bytes of a `Source`: one open file descriptor, or memory. FFmpeg never sees a file's name"
@@ -107,14 +132,11 @@ class MediaFile:
         limits: Limits = Limits(),
     ):
         self.source, self.limits, self.fd = source, limits, None
-        try:
+        with closed_on_error(self):
             if source.content is None: self._open()
             else: self.start, self.end, self.key = 0, len(source.content), None
             self.size = self.end - self.start
             if not self.size: raise EmptyVideo(source, 'the file has no bytes')
-        except BaseException:
-            self.close()
-            raise
 
     def _open(self):
         source = self.source
@@ -192,17 +214,6 @@ def _demuxed(container, stream, size):
             yield from container.demux(stream)
             return
         except av.error.BlockingIOError: pass
-
-# %% ../../nbs/data/00_containers.ipynb #7bb39f8b
-@contextmanager
-def closed_on_error(
-    opened, # what has `close`
-):
-    "Context: what fails is closed"
-    try: yield
-    except BaseException:
-        opened.close()
-        raise
 
 # %% ../../nbs/data/00_containers.ipynb #7bb39f8c
 class Media:

@@ -19,7 +19,8 @@ import numpy as np
 
 from ..core.extras import need
 from .containers import (
-    FAULTS, BackendRefused, Limits, Media, MediaFile, Source, TruncatedVideo, UnreadableVideo, check_size, typed)
+    FAULTS, BackendRefused, Limits, Media, MediaFile, Source, TruncatedVideo, UnreadableVideo, check_size,
+    closed_on_error, typed)
 from .index import decode_in_order, may_seek, read_index
 
 # %% ../../nbs/data/02_decoders.ipynb #7185dedb
@@ -122,10 +123,7 @@ class PyAVDecoder:
         limits: Limits,
     ):
         self.media, self.listed = Media(source, num_threads, limits), length
-        try: self._plan()
-        except BaseException:
-            self.close()
-            raise
+        with closed_on_error(self): self._plan()
 
     def _plan(self):
         by_list = self.listed and not may_seek(self.media) # then there is nothing to count, and nothing to seek by
@@ -187,7 +185,7 @@ class _Foreign:
     "A decoder of another project: named by the user, checked against the packets, refused where it is not proven"
     def __init__(self, source, num_threads, length, limits):
         name, self.source, self.media = self.name, source, Media(source, num_threads, limits)
-        try:
+        with closed_on_error(self):
             self.index, _ = read_index(self.media, times=True, listed=length)
             if reason := _refusal(name, self.media, self.index):
                 raise BackendRefused(source, f"backend {name!r} is not proven for {reason}: take 'auto' or 'pyav'")
@@ -200,9 +198,6 @@ class _Foreign:
                 raise UnreadableVideo(source, f'{name}: {found} frames, {self.length} expected')
             self.first = next(decode_in_order(self.media))
             if self.first.interlaced_frame: raise BackendRefused(source, f'{name}: its pictures are interlaced')
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def how(self): return self.name

@@ -26,7 +26,7 @@ import torch
 from .scale import measure_reading, synthetic_pairs
 from ..core.seeds import sample_key, seeded
 from .captions import read_captions
-from .containers import Limits, VideoError
+from .containers import VideoError
 from .decoders import BACKENDS
 from .index import forget
 from .packing import ShardsConfig, make_shards
@@ -69,14 +69,13 @@ def clip_cost(
     sampling: str = 'sparse', # mode of `umt.data.sampling.frame_indices`
     image_size: int = 224, # of the crop
     backend: str = 'auto', # of `VideoReader`
-    limits: Limits = Limits(), # what a clip may claim
 ) -> ClipCost: # means over the clips that can be read
     "Read clips, part by part"
     transform, rows, sizes = pretrain_transform(image_size, normalize=False), [], []
     for i in range(len(manifest)):
         try:
             source = manifest.source(i)
-            reader, opening = _cpu_ms(lambda: VideoReader(source, backend, limits=limits))
+            reader, opening = _cpu_ms(lambda: VideoReader(source, backend))
             with reader, seeded(sample_key(0, 0, i, 'frames')):
                 indices = frame_indices(reader.length, num_frames, sampling)
                 frames, decoding = _cpu_ms(lambda: reader.read(indices))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CALLERS_ERRORS', 'PROGRAM', 'DecoderTimeout', 'DecoderCrash', 'decode', 'answer', 'serve', 'errors_by_name',
-           'room_for_frames', 'converse', 'check_indices', 'absolute', 'Keeper', 'watched', 'Watcher']
+           'room_for_frames', 'converse', 'absolute', 'Keeper', 'watched', 'Watcher']
 
 # %% ../../nbs/data/04_watching.ipynb #wa7c0004
 import importlib
@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core.children import (
     Child, Gone, Late, Nonsense, close_pipes, depend_on, ended_by, limit_memory, own_pipes, receive, send, start_child)
-from .containers import Limits, Source, UnreadableVideo, VideoError, as_source
+from .containers import Limits, Source, UnreadableVideo, VideoError, as_source, check_indices
 
 # %% ../../nbs/data/04_watching.ipynb #wa7c0008
 class DecoderTimeout(VideoError): "A clip that is not decoded when its time is over"
@@ -36,11 +36,9 @@ def decode(
     limits: Limits = Limits(), # what the clip may claim
 ) -> tuple[np.ndarray, str]: # uint8 [T, H, W, 3]; which backend read it, and how
     "Opens a clip once, asks which frames are wanted, and decodes them"
-    from umt.data.video import VideoReader, within
+    from umt.data.video import VideoReader, choose_and_read
     with VideoReader(source, backend, length=length, limits=limits) as reader:
-        frames = range(reader.length) if span is None else within(reader, span)
-        wanted = np.asarray(ask(len(frames)))
-        return reader.read(wanted + frames.start), f'{reader.kind}: {reader.how}'
+        return choose_and_read(reader, ask, span), f'{reader.kind}: {reader.how}'
 
 # %% ../../nbs/data/04_watching.ipynb #wa7c0018
 CALLERS_ERRORS = {e.__name__: e for e in (ValueError, IndexError, ModuleNotFoundError)} # not the clip's fault
@@ -153,19 +151,6 @@ def converse(
     raise kind(str(source), reason) if issubclass(kind, VideoError) else kind(reason)
 
 # %% ../../nbs/data/04_watching.ipynb #wa7c0025
-def check_indices(
-    indices, # a list of integers
-    length: int, # number of frames
-    name: str, # of the clip
-) -> list[int]:
-    "`ValueError` for anything but a non-empty list of integers, `IndexError` for one outside the clip"
-    found = np.asarray(indices)
-    if found.ndim != 1 or found.size == 0 or not np.issubdtype(found.dtype, np.integer):
-        raise ValueError(f'{name}: indices must be a non-empty list of integers, not {indices!r}')
-    if found.min() < 0 or found.max() >= length:
-        raise IndexError(f'{name}: indices {found.min()}..{found.max()} of a video with {length} frames')
-    return found.tolist()
-
 def absolute(
     source, # path, or `Source`
 ) -> Source:
@@ -251,7 +236,7 @@ class Watcher:
         "The asked-for frames. Raises a `VideoError` for a bad clip, `IndexError` for indices outside it"
         import torch
         source = absolute(source)
-        def ask(count): return check_indices(choose(count) if callable(choose) else choose, count, str(source))
+        def ask(count): return check_indices(choose(count) if callable(choose) else choose, count, source).tolist()
         options = backend, None if length is None else int(length), span and tuple(map(float, span)), self.limits
         frames, how = (self._watched if self.timeout else decode)(source, ask, *options)
         return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2), how
