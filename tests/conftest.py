@@ -19,3 +19,12 @@ def media(tmp_path_factory, worker_id):
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == 'master' else base.parent)/'media'
     return folder, shared(folder)
+
+
+@pytest.fixture
+def write(tmp_path):
+    "Writes a small file, and says where it is."
+    def write(name, content):
+        (tmp_path/name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return tmp_path/name
+    return write

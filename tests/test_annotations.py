@@ -16,14 +16,6 @@ KINETICS = 'label,youtube_id,time_start,time_end,split\n'
 SSV2 = dict(id='7', label='holding a cup', template='Holding [something]', placeholders=['a cup'])
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(name, content):
-        (tmp_path/name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        return tmp_path/name
-    return write
-
-
 def complaints(call, *args, **kwargs):
     with pytest.raises(ManifestError) as e: call(*args, **kwargs)
     return e.value.rows

@@ -24,14 +24,6 @@ from umt.data.tables import check_labels, listed_name, read_manifest, resolve, s
 
 
 @pytest.fixture
-def write(tmp_path):
-    def write(name, content):
-        (tmp_path/name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        return tmp_path/name
-    return write
-
-
-@pytest.fixture
 def cached(tmp_path, monkeypatch):
     "Every list is large enough to be kept on disk."
     monkeypatch.setattr(columns, 'CACHE_FROM', 1)
